@@ -1,0 +1,34 @@
+# Two commands do all set-up: `make demo` and `make test`. PYTHON may name any interpreter >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test lint bench clean
+
+# torch first and exactly: a range would pull gigabytes of CUDA packages.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/kvist demo
+
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --project pyproject.toml
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/kvist bench decode
+
+clean:
+	rm -rf $(VENV) out

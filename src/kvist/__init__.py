@@ -1,0 +1,21 @@
+"""kvist: a key-value cache of 1 to 4 bits for Hugging Face causal language models, truly packed."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvist.attention import attach
+    from kvist.cache.cache import Cache
+    from kvist.plan import Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {"Cache": "kvist.cache.cache", "Recipe": "kvist.plan", "attach": "kvist.attention", "detach": "kvist.attention"}
+
+__all__ = ["Cache", "Recipe", "attach", "detach"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kvist' has no attribute {name!r}")

@@ -1,0 +1,167 @@
+"""The Hugging Face cache: give it to `model.generate(past_key_values=…)`."""
+
+import copy
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+
+from kvist.cache import report
+from kvist.cache.layer import Layer
+from kvist.cache.rows import Rows
+from kvist.methods import resolve
+from kvist.models import compat
+from kvist.models.adapter import SERVED, describe
+from kvist.models.hooks import watch
+from kvist.plan import Recipe
+
+
+class Cache(TransformersCache):
+    """A cache that stores packed keys and values.
+
+    model: a transformers causal language model. method: a method's name with options as keywords (`"kivi", bits=2`), its
+    text (`"kivi k=2 v=4"`), a Recipe, or the path of a recipe's JSON file. prefill: "exact", the prompt's own chunk
+    attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for which
+    room is set aside at the first update; the cache grows beyond it when it must.
+
+    The cache listens to `model` for padding masks, through a hook that `close()` removes. Layers with a window of their
+    own (sliding attention) keep transformers' own cache.
+    """
+
+    def __init__(self, model, method: "str | Recipe | Path", *, prefill: str | None = None, reserve: int = 0, **options):
+        recipe = resolve(method, **options)
+        if prefill is not None:
+            recipe = Recipe.model_validate(recipe.model_dump() | {"prefill": prefill})
+        if reserve < 0:
+            raise ValueError(f"reserve is a number of tokens, found {reserve}")
+        self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
+        self.rows = Rows()
+        plans = iter(recipe.for_layers(len(self.describes.served)))
+        layers = [
+            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows)
+            if kind == SERVED
+            else compat.own_layer(kind, arguments)
+            for kind, arguments in zip(self.describes.kinds, self.describes.arguments, strict=True)
+        ]
+        super().__init__(layers=layers)
+        self._listen(model)
+
+    def _listen(self, model) -> None:
+        self._model = weakref.ref(model)
+        self.close = watch(model, self, "announce")
+
+    @property
+    def ours(self) -> list[Layer]:
+        """The layers that kvist stores."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def announce(self, batch: int, slots: int, mask: Tensor | None) -> None:
+        """What the coming forward brings: slots per row, and which are tokens (B, past + slots), None for all.
+
+        Called by the hook. The mask must agree with what is stored for the slots before.
+        """
+        past = self.ours[0].slots
+        self.rows.crop(past)
+        real = None
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"kvist.Cache needs the 2-D padding mask (batch, tokens) to know tokens from padding, found {found}")
+            if mask.shape[1] < past + slots:
+                raise ValueError(
+                    f"the attention mask covers {mask.shape[1]} slots but the cache holds {past} and {slots} come; pass the "
+                    "mask of the whole sequence"
+                )
+            if mask.device.type == "cpu" or slots > 1:  # on a GPU the check would stall every decode step
+                self._agree(mask[:, :past])
+            real = mask[:, past : past + slots].bool()
+            if mask.device.type != "cpu" and slots == 1:
+                real = None  # generate appends ones; see _agree
+        self.rows.extend(batch, slots, real)
+
+    def _agree(self, mask: Tensor) -> None:
+        mask = mask.bool().cpu()
+        if self.rows.dense(mask.shape[1]):
+            same = bool(mask.all())
+        else:
+            stored = torch.zeros_like(mask)
+            for row in range(self.rows.batch):
+                stored[row, self.rows.slot_of(row, mask.device)] = True
+            same = torch.equal(stored, mask)
+        if not same:
+            raise ValueError(
+                "the attention mask differs from the one with which earlier tokens were stored; a stored token cannot be "
+                "masked later: start a new cache"
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
+        if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
+            if batch > 1:
+                raise ValueError(
+                    f"a batch of {batch} arrived without its attention mask being seen, so padding cannot be told from tokens; "
+                    "call the model that was given to kvist.Cache, not a part of it"
+                )
+            self.rows.extend(batch, slots, None)
+        if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
+            raise RuntimeError("layers of the cache are out of step, probably after a forward that failed; call reset()")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows.runs, self.rows.slots = [], 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last k slots: crop(-k)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop(-k) removes the last k tokens; found {tokens_to_remove}")
+        super().crop(tokens_to_remove)
+        self.rows.crop(self.ours[0].slots)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
+
+    def _select(self, indices: Tensor) -> None:
+        if self.rows.runs:
+            self.rows.select(indices.tolist())
+
+    def report(self) -> report.Report:
+        """Bytes used and allocated, itemised; bits per element; tokens packed and exact. Measured from the tensors."""
+        return report.measure(self.recipe.name, self.layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything stored to one safetensors file, atomically."""
+        from kvist.cache.files import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model, method: "str | Recipe | Path | None" = None, **options) -> "Cache":
+        """A saved cache, for the same model, in any process. With `method`, refuse a file made by another recipe."""
+        from kvist.cache.files import load
+
+        return load(cls, path, model, None if method is None else resolve(method, **options))
+
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        skipped = ("close", "_model")
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
+        model = self._model()
+        if model is not None:
+            twin._listen(model)
+        return twin
+
+    def __repr__(self) -> str:
+        return f"kvist.Cache({self.recipe.name!r}, {len(self.ours)} layers, {self.get_seq_length()} slots)"

@@ -1,0 +1,58 @@
+"""The tensor that `update` hands out: right shape, type and device, but no data of its own.
+
+Attention that knows it reads the packed pages. `F.scaled_dot_product_attention` is answered from the packed pages too,
+which serves models that call it themselves. Anything else gets the dense tensor: correct, only slower.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from kvist.cache.view import View
+
+
+class Handle(Tensor):
+    """Keys (side 0) or values (side 1) of a view, (B, H, slots, D)."""
+
+    @staticmethod
+    def __new__(cls, view: View, side: int) -> "Handle":
+        shape, dtype, device = view.shape(side), view.dtype, view.device
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    def __init__(self, view: View, side: int):
+        self.view, self.side = view, side
+
+    def dense(self) -> Tensor:
+        """All slots decoded, padding as zeros."""
+        return self.view.dense(self.side)
+
+    def __repr__(self, **_) -> str:
+        return f"Handle({'keys' if self.side == 0 else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            answer = _sdpa(*args, **kwargs)
+            if answer is not None:
+                return answer
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Handle, Handle.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Stock semantics on packed data, or None where only the dense tensors will do."""
+    paired = isinstance(key, Handle) and isinstance(value, Handle) and key.view is value.view
+    if not paired or (key.side, value.side) != (0, 1) or dropout_p or is_causal or isinstance(query, Handle):
+        return None
+    heads = key.shape[1]
+    if query.dim() != 4 or (query.shape[1] != heads and not (enable_gqa and query.shape[1] % heads == 0)):
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return key.view.attend(query, scale, mask=attn_mask, causal=False)

@@ -1,0 +1,183 @@
+"""One side of one layer: sinks | packed pages (with pins over them) | a ring of recent tokens.
+
+Positions count real tokens of a row behind its sinks. A position's page slot equals it until a crop cuts a group: the
+surviving codes stay, the group is closed, and the next token starts a new one (`SlotMap`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvist.cache.exact import Exact
+from kvist.cache.pages import Pool
+from kvist.plan import LayerPlan, Side
+from kvist.types import HOLD, Geometry
+
+TILE = 1 << 18  # elements that are encoded at a time: their fp32 copies fit a core's L2 cache
+
+
+class SlotMap:
+    """From positions of one row to page slots: runs (position, slot), both ascending, slots on whole groups."""
+
+    def __init__(self, runs: Sequence[tuple[int, int]] = ((0, 0),)):
+        self.runs = [tuple(run) for run in runs]
+
+    def slot(self, position: int) -> int:
+        """The slot of a position, or the end slot of a stretch that ends there."""
+        start, slot = next(run for run in reversed(self.runs) if run[0] < position or run[0] == 0)
+        return slot + position - start
+
+    def slot_of(self, position: int) -> int:
+        """The slot that holds the token at a position."""
+        start, slot = next(run for run in reversed(self.runs) if run[0] <= position)
+        return slot + position - start
+
+    def floor(self, position: int, granule: int) -> int:
+        """The last position <= `position` at which a group of `granule` may end."""
+        start = next(run[0] for run in reversed(self.runs) if run[0] <= position)
+        return start + (position - start) // granule * granule
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(start, stop, slot) of positions [start, stop), cut where a new group was started."""
+        found = []
+        for i, (first, slot) in enumerate(self.runs):
+            last = self.runs[i + 1][0] if i + 1 < len(self.runs) else stop
+            a, b = max(first, start), min(last, stop)
+            if b > a:
+                found.append((a, b, slot + a - first))
+        return found
+
+    def cut(self, position: int, granule: int) -> None:
+        """Close the group that `position` falls into, and start a new one for it."""
+        slot = self.slot(position)
+        self.forget(position)
+        if slot % granule and self.runs[-1][0] < position:
+            self.runs.append((position, -(-slot // granule) * granule))
+
+    def forget(self, position: int) -> None:
+        """Drop the runs that start behind `position`."""
+        while self.runs[-1][0] > position:
+            self.runs.pop()
+
+    def holes(self) -> list[tuple[int, int]]:
+        """Slot ranges that hold no token."""
+        return [
+            (slot + after - start, next_slot)
+            for (start, slot), (after, next_slot) in zip(self.runs, self.runs[1:], strict=False)
+        ]
+
+
+@dataclass
+class State:
+    """One row of one track. decided: what the retention rule said, before the last update; frontier: what is packed."""
+
+    decided: int = 0
+    frontier: int = 0
+
+
+class Track:
+    """One side of one layer of a living cache."""
+
+    def __init__(
+        self, side: Side, plan: LayerPlan, shape: Geometry, dim: int, page: int, batch: int, reserve: int, device: torch.device
+    ):
+        self.side, self.plan, self.dim, self.batch, self.reserve = side, plan, dim, batch, reserve
+        self.rule, self.codec = side.retention, side.codec
+        specs = self.codec.layout(shape.heads, dim, shape.dtype) if plan.packs else {}
+        self.pool = Pool(specs, shape.heads, page, device, batch)
+        self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
+        self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, shape.dtype, device)
+        self.states = [State() for _ in range(batch)]
+
+    @property
+    def frontiers(self) -> list[int]:
+        return [state.frontier for state in self.states]
+
+    def target(self, row: int, length: int, prompt: bool, maps: SlotMap) -> tuple[int, int]:
+        """What the rule decides at `length` tokens behind the sinks, and the frontier that follows from it."""
+        state = self.states[row]
+        decided = self.rule.advance(state.decided, length, prompt) if length > 0 else state.decided
+        return decided, max(state.frontier, maps.floor(decided, self.codec.granule))
+
+    def pack(
+        self, rows: Sequence[int], decided: int, frontier: int, source: Tensor, maps: Sequence[SlotMap], settled: bool
+    ) -> None:
+        """Encode positions [current frontier, frontier) of rows in equal state, from source (R, H, T, D), once."""
+        start = self.states[rows[0]].frontier
+        if frontier > start:
+            pieces = [maps[row].pieces(start, frontier) for row in rows]
+            self._grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
+            for piece in zip(*pieces, strict=True):
+                self._encode(rows, source[:, :, piece[0][0] - start : piece[0][1] - start], [slot for _, _, slot in piece])
+        if self.rule.most_pins:
+            wanted = [p for p in self.rule.pins(decided) if p < frontier]
+            for i, row in enumerate(rows):
+                self.exact.pin(row, wanted, start, source[i])
+        for row in rows:
+            self.states[row].frontier = frontier
+            if settled:
+                self.states[row].decided = decided
+
+    def _grow(self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> None:
+        need = self.pool.in_use
+        for row, start, stop in zip(rows, starts, stops, strict=True):
+            need += self.pool.missing(row, stop) + self.pool.shared_tail(row, start)
+        if need > self.pool.capacity:
+            self.pool.resize(self.plan.pool(need, self.batch, self.pool.page, self.reserve))
+        for row, start, stop in zip(rows, starts, stops, strict=True):
+            self.pool.extend(row, start, stop)
+
+    def _encode(self, rows: Sequence[int], source: Tensor, slots: Sequence[int]) -> None:
+        granule, page = self.codec.granule, self.pool.page
+        short = -source.shape[2] % granule
+        if short:  # a closed group: its own last token fills it up and changes no range
+            source = torch.cat([source, source[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
+        tokens = source.shape[2]
+        step = max(page, TILE // (source.shape[0] * source.shape[1] * self.dim) // page * page)
+        head = -slots[0] % page if len({slot % page for slot in slots}) == 1 else 0
+        whole = head + max(0, tokens - head) // page * page
+        cuts = sorted({0, min(head, tokens), *range(head + step, whole, step), min(whole, tokens), tokens})
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            self.pool.write(rows, [slot + a for slot in slots], self.codec.encode(source[:, :, a:b]))
+
+    def crop(self, row: int, length: int, maps: SlotMap, slots: int) -> None:
+        """Forget positions from `length` on; `slots` is the slot at which the packed stretch then ends."""
+        state = self.states[row]
+        if state.frontier > length:
+            self.pool.truncate(row, maps.slot(state.frontier), slots)
+            state.frontier = length
+        state.decided = min(state.decided, length)
+        self.exact.pins[row] = {p: s for p, s in self.exact.pins[row].items() if p < length}
+
+    def decode(self, row: int, slots: Tensor) -> Tensor:
+        """Packed tokens of one row at some slots (n,), ascending: (H, n, D), each group decoded once."""
+        granule = self.codec.granule
+        groups, index = torch.unique(slots // granule, return_inverse=True)
+        decoded = self.codec.decode(self.pool.entries(row, groups, granule))
+        return decoded[:, index * granule + slots % granule]
+
+    def fetch(self, row: int, positions: Sequence[int], maps: SlotMap) -> Tensor:
+        """Any stored positions of one row, (H, n, D): exact where kept exact, otherwise decoded."""
+        exact, frontier, pins = self.exact, self.states[row].frontier, self.exact.pins[row]
+        out = exact.ring.new_empty(exact.ring.shape[1], len(positions), self.dim)
+        recent = [i for i, p in enumerate(positions) if p >= frontier]
+        pinned = [i for i, p in enumerate(positions) if p < frontier and p in pins]
+        packed = [i for i, p in enumerate(positions) if p < frontier and p not in pins]
+        if recent:
+            out[:, recent] = exact.ring[row][:, [positions[i] % exact.capacity for i in recent]]
+        if pinned:
+            out[:, pinned] = exact.pinned[row][:, [pins[positions[i]] for i in pinned]]
+        if packed:
+            slots = torch.tensor([maps.slot_of(positions[i]) for i in packed], device=out.device)
+            out[:, packed] = self.decode(row, slots).to(out.dtype)
+        return out
+
+    def select(self, rows: Tensor, order: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was; full pages stay where they are."""
+        self.pool.select(order)
+        self.exact.select(rows, order)
+        self.states = [State(self.states[row].decided, self.states[row].frontier) for row in order]
+        self.batch = len(order)
+

@@ -1,0 +1,314 @@
+"""What attention sees of a layer at one update: packed pages, loose exact tokens, and perhaps the chunk just given.
+
+A view lives as long as the layer's forward pass. It reads pages tile by tile, so that what it allocates does not grow
+with the context; only `dense`, the way for strangers, builds the whole tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvist.kernels.attend import Partial, attend, merge
+from kvist.kernels.choose import packed_attention
+from kvist.types import HOLD
+
+if TYPE_CHECKING:
+    from kvist.cache.layer import Layer
+
+CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in a decode step
+PROMPT_TILE = 1 << 18
+QUERIES = 512  # query rows that are scored at a time
+
+
+class Loose(NamedTuple):
+    """Exact tokens in any order, with the span where only one side is packed (that side decoded).
+
+    keys, values (B, H, N, D); tokens (B, N) int64: the number of each token in its row, -1 for nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer) -> Loose:
+        ring = _ring_tokens(layer)
+        parts = [(layer.key.exact.ring, layer.value.exact.ring, ring)]
+        odd = [_odd(layer, row) for row in range(layer.batch_size)]
+        if any(odd):
+            parts.append(_fetched(layer, odd))
+        if layer.plan.sinks:
+            numbers = torch.arange(layer.plan.sinks, device=layer.device)
+            lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
+            parts.append((layer.key.exact.sinks, layer.value.exact.sinks, torch.where(numbers < lengths, numbers, -1)))
+        keys, values, tokens = (list(x) for x in zip(*parts, strict=True))
+        tokens = torch.cat(tokens, 1)
+        values = torch.cat(values, 2).masked_fill_((tokens < 0)[:, None, :, None], 0)  # unused room may hold anything
+        return cls(keys[0] if len(keys) == 1 else torch.cat(keys, 2), values, tokens)
+
+
+class View:
+    """See the module. `limits`: per row, the packed slots that both sides have."""
+
+    def __init__(self, layer: Layer, chunk: tuple[Tensor, Tensor] | None, slots: int):
+        self.layer, self.chunk, self.slots = layer, chunk, slots
+        self.rows, self.dtype, self.device = layer.rows, layer.dtype, layer.device
+        self.past = slots - (chunk[0].shape[2] if chunk else 0)
+        self.lengths = list(layer.lengths)
+        self.maps = layer.maps
+        self.both = [min(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
+        self.limits = [maps.slot(p) for maps, p in zip(layer.maps, self.both, strict=True)]
+        self.skip = layer.skip()
+        self._loose = Loose.of(layer) if chunk else None
+        self._version = layer.version + (1 if chunk else 0)
+
+    @classmethod
+    def before(cls, layer: Layer, keys: Tensor, values: Tensor) -> View:
+        """The layer as it is, and a chunk that is about to be appended and is to be seen exact."""
+        return cls(layer, (keys, values), layer.slots + keys.shape[2])
+
+    @classmethod
+    def after(cls, layer: Layer) -> View:
+        """The layer as it is stored."""
+        return cls(layer, None, layer.slots)
+
+    def shape(self, side: int) -> tuple[int, int, int, int]:
+        shape = self.layer.shape
+        return len(self.lengths), shape.heads, self.slots, (shape.key_dim, shape.value_dim)[side]
+
+    @property
+    def loose(self) -> Loose:
+        if self._version != self.layer.version:
+            raise RuntimeError("this view of the cache is out of date: the cache was changed after it was handed out")
+        if self._loose is None:
+            self._loose = Loose.of(self.layer)
+        return self._loose
+
+    # ------------------------------------------------------------------ attention
+
+    def attend(
+        self,
+        query: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = True,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of queries (B, Hq, M, D) over everything, (B, Hq, M, D) in the query's type.
+
+        `causal`: the queries are the last M slots. Otherwise `mask`, bool or additive, broadcast to
+        (B, 1 or Hq, M, slots), says what is visible; None is everything. `sink` (Hq,) is a logit per head that takes
+        part in the softmax and has no value (GPT-OSS).
+        """
+        loose, q = self.loose, query.float()
+        horizon = self._horizon(query.shape[2]) if causal and query.shape[2] > 1 else None
+        look = Look(scale, softcap, mask, horizon, self)
+        partials = [self._loose_part(q, loose, look)]
+        if any(self.limits):
+            partials.append(self._packed_part(q, look))
+        if self.chunk is not None:
+            partials.append(self._chunk_part(q, look))
+        if sink is not None:
+            lse = sink.float().view(1, -1, 1).expand(q.shape[:3])
+            partials.append(Partial(torch.zeros_like(partials[0].out), lse))
+        return merge(partials).out.to(query.dtype)
+
+    def _horizon(self, queries: int) -> Tensor:
+        """The number of the last token that each query may see, (B, M)."""
+        start = self.slots - queries
+        if self.rows.dense(self.slots):
+            return torch.arange(start, self.slots, device=self.device).expand(len(self.lengths), -1)
+        queried = torch.arange(start, self.slots, device=self.device)
+        rows = range(len(self.lengths))
+        ends = [torch.searchsorted(self.rows.slot_of(row, self.device), queried, right=True) for row in rows]
+        return torch.stack(ends) - 1
+
+    def _loose_part(self, q: Tensor, loose: Loose, look: Look) -> Partial:
+        return _tiled(q, loose.keys, loose.values, lambda a, b: look.at(loose.tokens, a, b), look)
+
+    def _packed_part(self, q: Tensor, look: Look) -> Partial:
+        key, value = self.layer.key, self.layer.value
+        q = key.codec.transform.forward(q)
+        fast, _ = packed_attention(key.codec.traits, value.codec.traits, self.device)
+        if fast is not None and look.plain(self) and q.shape[2] <= HOLD:
+            tables = [track.pool.table(self.layer.table_width(track)) for track in (key, value)]
+            arrays = (key.pool.arrays, value.pool.arrays)
+            partial = fast(q, *arrays, *tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
+        else:
+            partial = self._packed_tiles(q, look)
+        return Partial(value.codec.transform.inverse(partial.out), partial.lse)
+
+    def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
+        """The reference: decode some pages, attend, merge."""
+        running = None
+        for keys, values, tokens in self._tiles(q.shape[2]):
+            partial = _tiled(q, keys, values, lambda a, b, t=tokens: look.at(t, a, b), look)
+            running = partial if running is None else merge([running, partial])
+        return running
+
+    def _tiles(self, queries: int):
+        """Keys and values (fp32, transformed space) of some pages of all rows, and their token numbers (-1: none)."""
+        layer = self.layer
+        budget = PROMPT_TILE if queries > 1 else CPU_TILE if self.device.type == "cpu" else GPU_TILE
+        shape = layer.shape
+        step = max(1, budget // (layer.page * shape.heads * max(shape.key_dim, shape.value_dim) * len(self.lengths)))
+        pages = -(-max(self.limits) // layer.page)
+        tables = [track.pool.table(layer.table_width(track)) for track in layer.tracks]
+        for first in range(0, pages, step):
+            last = min(first + step, pages)
+            tokens = self._tokens(first * layer.page, last * layer.page)
+            keys, values = (
+                track.codec.decode(track.pool.gather(table[:, first:last]), inverse=False)
+                for track, table in zip(layer.tracks, tables, strict=True)
+            )
+            yield keys, values.masked_fill((tokens < 0)[:, None, :, None], 0), tokens
+
+    def _tokens(self, start: int, stop: int) -> Tensor:
+        """Token numbers of packed slots [start, stop), (B, n); -1 where a slot holds none, or one kept exact."""
+        slots = torch.arange(start, stop, device=self.device)
+        tokens = torch.full((len(self.limits), stop - start), -1, device=self.device)
+        for row, (limit, maps) in enumerate(zip(self.limits, self.maps, strict=True)):
+            if len(maps.runs) == 1:
+                tokens[row] = torch.where(slots < limit, slots, -1)
+                continue
+            for first, last, slot in maps.pieces(0, self.both[row]):
+                shift = first - slot
+                here = (slots >= slot) & (slots < slot + last - first)
+                tokens[row] = torch.where(here, slots + shift, tokens[row])
+        if self.skip is not None:
+            tokens = tokens.masked_fill(self.skip[:, start:stop], -1)
+        return torch.where(tokens >= 0, tokens + self.layer.plan.sinks, -1)
+
+    def _chunk_part(self, q: Tensor, look: Look) -> Partial:
+        keys, values = self.chunk
+        start = [self.rows.tokens(row, self.past) for row in range(len(self.lengths))]
+        tokens = torch.full((len(start), keys.shape[2]), -1, device=self.device)
+        for row, first in enumerate(start):
+            for offset, count in self.rows.columns(row, self.past, self.slots):
+                tokens[row, offset : offset + count] = torch.arange(first, first + count, device=self.device)
+                first += count
+        running = None
+        for a in range(0, keys.shape[2], QUERIES):
+            part = slice(a, a + QUERIES)
+            partial = _tiled(q, keys[:, :, part], values[:, :, part], lambda m, n, p=part: look.at(tokens[:, p], m, n), look)
+            running = partial if running is None else merge([running, partial])
+        return running
+
+    # ------------------------------------------------------------------ dense
+
+    def dense(self, side: int) -> Tensor:
+        """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
+        if self._exactly_ring():
+            return self.layer.tracks[side].exact.ring[:, :, : self.slots]
+        loose = self.loose
+        out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
+        codec = self.layer.tracks[side].codec
+        for *sides, tokens in self._tiles(PROMPT_TILE) if any(self.limits) else ():
+            self._place(out, codec.transform.inverse(sides[side]), tokens)
+        self._place(out, (loose.keys, loose.values)[side], loose.tokens)
+        if self.chunk is not None:
+            for row in range(len(self.lengths)):
+                for offset, count in self.rows.columns(row, self.past, self.slots):
+                    at = slice(self.past + offset, self.past + offset + count)
+                    out[row, :, at] = self.chunk[side][row, :, offset : offset + count]
+        return out
+
+    def _exactly_ring(self) -> bool:
+        return not self.layer.plan.packs and not self.layer.plan.sinks and self.rows.dense(self.slots)
+
+    def _place(self, out: Tensor, x: Tensor, tokens: Tensor) -> None:
+        for row in range(tokens.shape[0]):
+            real = (tokens[row] >= 0).nonzero().squeeze(-1)
+            where = tokens[row, real]
+            if not self.rows.dense(self.slots):
+                where = self.rows.slot_of(row, self.device)[where]
+            out[row, :, where] = x[row, :, real].to(out.dtype)
+
+
+class Look(NamedTuple):
+    """How scores become weights: scale, soft cap, and who sees whom."""
+
+    scale: float
+    softcap: float | None
+    mask: Tensor | None
+    horizon: Tensor | None
+    view: View
+
+    def plain(self, view: View) -> bool:
+        """Whether every query sees every packed token."""
+        if self.horizon is not None and view.chunk is None and self.horizon.shape[1] > HOLD:
+            return False
+        if self.mask is None:
+            return True
+        if self.mask.device.type != "cpu" or self.mask.dtype != torch.bool:
+            return False
+        return all(self.at_slots(self.mask, row).all() for row in range(len(view.lengths)))
+
+    def at_slots(self, mask: Tensor, row: int) -> Tensor:
+        slots = self.view.rows.slot_of(row, mask.device)[: self.view.lengths[row]]
+        return mask[min(row, mask.shape[0] - 1)][..., slots]
+
+    def at(self, tokens: Tensor, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Visibility (B, 1 or Hq, m, N) and additive bias or None, of tokens (B, N) for queries [first, last)."""
+        seen = (tokens >= 0)[:, None, None, :]
+        if self.horizon is not None:
+            seen = seen & (tokens[:, None, :] <= self.horizon[:, first:last, None]).unsqueeze(1)
+        if self.mask is None:
+            return seen, None
+        rows = self.view.rows
+        if rows.dense(self.view.slots):
+            slots = tokens.clamp_min(0)
+        else:
+            slots = torch.stack([rows.slot_of(r, tokens.device)[t.clamp_min(0)] for r, t in enumerate(tokens)])
+        mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., first:last, :]
+        index = slots[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+        picked = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, index)
+        return (seen & picked, None) if picked.dtype == torch.bool else (seen, picked.float())
+
+
+def _tiled(q: Tensor, keys: Tensor, values: Tensor, look_at, look: Look) -> Partial:
+    """Attention with the query rows taken a few at a time."""
+    if q.shape[2] <= QUERIES:
+        visible, bias = look_at(0, q.shape[2])
+        return attend(q, keys, values, look.scale, visible, bias, look.softcap)
+    parts = []
+    for first in range(0, q.shape[2], QUERIES):
+        last = min(first + QUERIES, q.shape[2])
+        visible, bias = look_at(first, last)
+        parts.append(attend(q[:, :, first:last], keys, values, look.scale, visible, bias, look.softcap))
+    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+
+
+def _ring_tokens(layer: Layer) -> Tensor:
+    """Token numbers in the slots of the rings, (B, capacity); -1 where the slot holds none that both sides keep."""
+    capacity, sinks = layer.key.exact.capacity, layer.plan.sinks
+    slots = torch.arange(capacity, device=layer.device)
+    behind = torch.tensor([layer.behind(r) for r in range(layer.batch_size)], device=layer.device).unsqueeze(-1)
+    from_ = [max(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
+    positions = behind - 1 - (behind - 1 - slots) % capacity
+    return torch.where(positions >= torch.tensor(from_, device=layer.device).unsqueeze(-1), positions + sinks, -1)
+
+
+def _odd(layer: Layer, row: int) -> list[int]:
+    """Positions that are neither packed on both sides nor recent on both: pins, and the span between the frontiers."""
+    low, high = sorted(track.states[row].frontier for track in layer.tracks)
+    pins = {p for track in layer.tracks for p in track.exact.pins[row] if p < low}
+    return [*sorted(pins), *range(low, high)]
+
+
+def _fetched(layer: Layer, odd: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    most = max(map(len, odd))
+    tokens = torch.full((len(odd), most), -1, device=layer.device)
+    sides = []
+    for track in layer.tracks:
+        side = track.exact.ring.new_zeros(len(odd), layer.shape.heads, most, track.dim)
+        for row, positions in enumerate(odd):
+            side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
+            tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
+        sides.append(side)
+    return *sides, tokens

@@ -1,0 +1,19 @@
+"""Differences between the releases of transformers that kvist supports (5.17 to newest)."""
+
+from transformers import cache_utils
+
+
+def layer_types(config) -> tuple[list[str], list[dict]]:
+    """The attention type of each layer of a text config, and the arguments of transformers' own cache layer for it.
+
+    Since 5.18 or so the arguments come per layer; before, as one dict for all.
+    """
+    types, arguments = cache_utils.get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):
+        arguments = [arguments if kind != "full_attention" else {} for kind in types]
+    return types, arguments
+
+
+def own_layer(kind: str, arguments: dict):
+    """transformers' own dynamic cache layer for an attention type."""
+    return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)

@@ -1,0 +1,168 @@
+"""Which tokens wait in full precision: integers only.
+
+A rule sees a row of tokens behind its sinks, numbered from 0. `advance` says how far packing may go; `pins` says which
+packed tokens are kept exact as well. The cache calls `advance` once per update, with the length *before* it, and
+rounds the answer down to whole groups.
+"""
+
+from functools import lru_cache
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from kvist.types import Part
+
+
+class Rule(Part):
+    """What all rules share. `sinks` first tokens are never packed and never numbered."""
+
+    sinks: NonNegativeInt = 0
+
+    @property
+    def chunking(self) -> str | None:
+        """Why cutting a sequence differently may pack other tokens; None if it cannot."""
+        return None
+
+    @property
+    def most(self) -> int | None:
+        """The most tokens left unpacked once settled; None if that grows with the length."""
+        return None
+
+    @property
+    def most_pins(self) -> int:
+        return 0
+
+    def pins(self, frontier: int) -> tuple[int, ...]:
+        """Tokens behind `frontier` that are kept exact too, ascending."""
+        return ()
+
+
+class KeepAll(Rule):
+    """Nothing is ever packed."""
+
+    kind: Literal["all"] = "all"
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return 0
+
+
+class Immediate(Rule):
+    """Everything is packed at once."""
+
+    kind: Literal["none"] = "none"
+
+    @property
+    def most(self) -> int:
+        return 0
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return length
+
+
+class Block(Rule):
+    """Whole blocks are packed when complete: between 0 and size-1 wait (KIVI section 4.2, keys)."""
+
+    kind: Literal["block"] = "block"
+    size: PositiveInt
+
+    @property
+    def most(self) -> int:
+        return self.size - 1
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return max(frontier, length // self.size * self.size)
+
+
+class Sliding(Rule):
+    """The newest `size` wait, always (KIVI section 4.2, values)."""
+
+    kind: Literal["sliding"] = "sliding"
+    size: PositiveInt
+
+    @property
+    def most(self) -> int:
+        return self.size
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return max(frontier, length - self.size)
+
+
+class Streaming(Rule):
+    """Between W and 2W-1 wait: a prompt leaves W; decoding waits for 2W, then leaves W (LogQuant's StreamingQuant)."""
+
+    kind: Literal["streaming"] = "streaming"
+    window: PositiveInt
+
+    @property
+    def chunking(self) -> str:
+        return "a prompt leaves W tokens unpacked, decoding lets 2W gather first"
+
+    @property
+    def most(self) -> int:
+        return 2 * self.window - 1
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        waits = self.window if prompt else 2 * self.window - 1
+        return length - self.window if length - frontier > waits else frontier
+
+
+@lru_cache(maxsize=256)
+def log_pins(window: int, blocks: int) -> tuple[int, ...]:
+    """Fold over `blocks` blocks of W: the first whole, then every second of (kept + next block)."""
+    kept: tuple[int, ...] = ()
+    for block in range(blocks):
+        new = tuple(range(block * window, (block + 1) * window))
+        kept = (kept + new)[::2] if kept else new
+    return kept
+
+
+class LogSparse(Rule):
+    """Blocks of W are packed when more than 2W wait; of the packed, a log-spaced set of W stays exact (LogQuant,
+    section 3). A prompt is cut until fewer than 2W wait, as published."""
+
+    kind: Literal["log"] = "log"
+    window: PositiveInt
+
+    @property
+    def chunking(self) -> str:
+        return "a prompt is packed until fewer than 2W tokens wait, decoding packs when more than 2W do"
+
+    @property
+    def most(self) -> int:
+        return 2 * self.window
+
+    @property
+    def most_pins(self) -> int:
+        return self.window
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        w = self.window
+        if prompt:
+            return 0 if length <= w else max(w, (length // w - 1) * w)
+        blocks = -(-(length - frontier - 2 * w) // w)
+        return frontier + max(0, blocks) * w
+
+    def pins(self, frontier: int) -> tuple[int, ...]:
+        return log_pins(self.window, frontier // self.window)
+
+
+class Ratio(Rule):
+    """Of the m tokens that wait, all but the newest ⌊ratio·m⌋ are packed, in whole groups (KVmix section 3.4). Applied
+    at every step to what is left, as published: in steady decoding fewer than group/(1-ratio) tokens wait."""
+
+    kind: Literal["ratio"] = "ratio"
+    ratio: float = Field(ge=0, lt=1)
+    group: PositiveInt = 32
+
+    @property
+    def chunking(self) -> str:
+        return "the share is taken of what waits at each update, not of the context"
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        waiting = length - frontier
+        return frontier + (waiting - int(self.ratio * waiting)) // self.group * self.group
+
+
+Retention = Annotated[
+    KeepAll | Immediate | Block | Sliding | Streaming | LogSparse | Ratio, Field(discriminator="kind")
+]
