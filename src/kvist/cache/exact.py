@@ -11,10 +11,9 @@ class Exact:
     tokens kept exact as well, by position."""
 
     def __init__(self, batch: int, heads: int, dim: int, sinks: int, pins: int, dtype: torch.dtype, device: torch.device):
-        self._make = lambda tokens: torch.empty(batch, heads, tokens, dim, dtype=dtype, device=device)
-        self.sinks = self._make(sinks)
-        self.pinned = self._make(pins)
-        self.ring = self._make(0)
+        self.sinks, self.pinned, self.ring = (
+            torch.empty(batch, heads, tokens, dim, dtype=dtype, device=device) for tokens in (sinks, pins, 0)
+        )
         self.pins: list[dict[int, int]] = [{} for _ in range(batch)]
 
     @property
@@ -65,3 +64,7 @@ class Exact:
         """Row i becomes what row rows[i] was."""
         self.sinks, self.pinned, self.ring = (x.index_select(0, rows) for x in (self.sinks, self.pinned, self.ring))
         self.pins = [dict(self.pins[row]) for row in order]
+
+    def to(self, device: torch.device) -> None:
+        """Move the storage to another device."""
+        self.sinks, self.pinned, self.ring = (x.to(device) for x in (self.sinks, self.pinned, self.ring))

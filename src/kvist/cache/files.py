@@ -1,2 +1,162 @@
-"""A cache on disk: one safetensors file, its bookkeeping as JSON in the header. Written whole or not at all."""
+"""A cache on disk: one safetensors file, its bookkeeping as JSON in the header. Written whole or not at all.
 
+Only what holds tokens is written: pages in use, each once however many rows share it, and the exact tokens. A file is
+refused, with the reason, where format, model, weights or recipe differ from what it was made with.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kvist.cache.layer import Layer
+from kvist.cache.rows import Run
+from kvist.cache.track import SlotMap, State, Track
+from kvist.plan import Recipe
+
+FORMAT = 1
+SAMPLE = 16  # numbers of each weight that go into the fingerprint
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a few numbers of every weight: tells a fine-tuned model from its parent, in milliseconds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE] if not weight.is_meta else flat.new_empty(0, device="cpu")
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(cache, path: str | Path) -> None:
+    """Write `cache` to `path`: a temporary file in the same folder, then renamed."""
+    path, model = Path(path), cache._model()
+    if model is None:
+        raise ValueError("the model of this cache is gone; save the cache while its model exists")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
+    tensors: dict[str, Tensor] = {}
+    layers = [_save_layer(layer, f"{i}.", tensors) for i, layer in enumerate(cache.layers)]
+    header = {
+        "format": FORMAT,
+        "model": cache.describes.name,
+        "weights": fingerprint(model),
+        "recipe": cache.recipe.model_dump(),
+        "reserve": cache.reserve,
+        "slots": cache.rows.slots,
+        "runs": cache.rows.runs,
+        "layers": layers,
+    }
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch, {"kvist": json.dumps(header)})
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def load(cls, path: str | Path, model: nn.Module, recipe: Recipe | None):
+    """The cache in `path`, for `model`; with `recipe`, only if it was made with that one."""
+    header, tensors = _read(Path(path))
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} has cache format {header.get('format')}, this version of kvist reads format {FORMAT}; make it anew")
+    if header["model"] != model.config.model_type or header["weights"] != fingerprint(model):
+        raise ValueError(f"{path} was made with other weights (a {header['model']} model); load it with the model that made it")
+    made = Recipe.model_validate(header["recipe"])
+    if recipe is not None and recipe != made.model_copy(update={"prefill": recipe.prefill}):
+        raise ValueError(f"{path} was made with another recipe ({made}); leave the method out to use that one")
+    cache = cls(model, made, reserve=header["reserve"])
+    cache.rows.slots = header["slots"]
+    cache.rows.runs = [[Run(*run) for run in runs] for runs in header["runs"]]
+    try:
+        for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+            _load_layer(layer, state, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)})
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return cache
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("kvist")
+            if text is None:
+                raise ValueError(f"{path} is a safetensors file but not a kvist cache")
+            return json.loads(text), {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a cache written by kvist at {path}, found none that can be read: {error}") from None
+
+
+def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
+    if not isinstance(layer, Layer):  # transformers' own layer: its tensors, and the plain numbers beside them
+        tensors |= {prefix + k: v for k, v in vars(layer).items() if isinstance(v, Tensor)}
+        return {k: v for k, v in vars(layer).items() if isinstance(v, bool | int | float)}
+    if not layer.is_initialized:
+        return {"empty": True}
+    state = {
+        "shape": [layer.shape.heads, layer.shape.key_dim, layer.shape.value_dim, str(layer.dtype).removeprefix("torch.")],
+        "slots": layer.slots,
+        "updates": layer.updates,
+        "settled": layer.settled,
+        "lengths": layer.lengths,
+        "maps": [maps.runs for maps in layer.maps],
+        "tracks": [],
+    }
+    for name, track in zip(("key.", "value."), layer.tracks, strict=True):
+        state["tracks"].append(_save_track(track, prefix + name, tensors))
+    return state
+
+
+def _save_track(track: Track, prefix: str, tensors: dict[str, Tensor]) -> dict:
+    pool, exact = track.pool, track.exact
+    used = sorted({page for table in pool.tables for page in table})
+    order = {page: i for i, page in enumerate(used)}
+    tensors |= {f"{prefix}pages.{name}": array[used] for name, array in pool.arrays.items()}
+    tensors |= {f"{prefix}{name}": getattr(exact, name) for name in ("sinks", "pinned", "ring")}
+    return {
+        "states": [[state.decided, state.frontier] for state in track.states],
+        "tables": [[order[page] for page in table] for table in pool.tables],
+        "pins": [list(pins.items()) for pins in exact.pins],
+    }
+
+
+def _load_layer(layer, state: dict, tensors: dict[str, Tensor]) -> None:
+    if not isinstance(layer, Layer):
+        if "keys" in tensors:
+            layer.lazy_initialization(tensors["keys"], tensors["values"])
+        vars(layer).update(state | tensors)
+        return
+    if state.get("empty"):
+        return
+    heads, key_dim, value_dim, dtype = state["shape"]
+    batch, dtype = len(state["lengths"]), getattr(torch, dtype)
+    layer.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype) for dim in (key_dim, value_dim)))
+    layer.slots, layer.updates, layer.settled = state["slots"], state["updates"], state["settled"]
+    layer.lengths = state["lengths"]
+    layer.maps = [SlotMap(runs) for runs in state["maps"]]
+    for name, track, saved in zip(("key.", "value."), layer.tracks, state["tracks"], strict=True):
+        _load_track(track, saved, {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+
+
+def _load_track(track: Track, saved: dict, tensors: dict[str, Tensor]) -> None:
+    pool, exact = track.pool, track.exact
+    track.states = [State(*state) for state in saved["states"]]
+    exact.sinks, exact.pinned, exact.ring = tensors["sinks"], tensors["pinned"], tensors["ring"]
+    exact.pins = [{position: slot for position, slot in pins} for pins in saved["pins"]]
+    count = 1 + max((page for table in saved["tables"] for page in table), default=-1)
+    if not pool.specs:
+        return
+    pool.resize(track.plan.pool(count, track.batch, pool.page, track.reserve))
+    for name, array in pool.arrays.items():
+        array[:count] = tensors[f"pages.{name}"]
+    for table in saved["tables"]:
+        for page in table:
+            pool.refs[page] += 1
+    pool.tables, pool.free = saved["tables"], [p for p in reversed(range(pool.capacity)) if not pool.refs[p]]

@@ -54,6 +54,13 @@ class Layer(CacheLayerMixin):
         self._fit(0)
         self.is_initialized = True
 
+    def to(self, device: torch.device) -> None:
+        """Move the storage, as a cache loaded from a file must when its model sits on another device."""
+        if device != self.device:
+            for track in self.tracks:
+                track.to(device)
+            self.device, self._skip = device, None
+
     @property
     def tracks(self) -> tuple[Track, Track]:
         return self.key, self.value
@@ -73,6 +80,7 @@ class Layer(CacheLayerMixin):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.to(key_states.device)
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
         self.settle()

@@ -165,5 +165,10 @@ class Pool:
                 found[name] = self.arrays[name][page.unsqueeze(-1), entry].flatten(0, 1)
         return found
 
+    def to(self, device: torch.device) -> None:
+        """Move the storage to another device."""
+        self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
+        self.device, self._table = device, None
+
     def table_row(self, row: int) -> Tensor:
         return torch.tensor(self.tables[row], device=self.device)

@@ -107,7 +107,7 @@ class Track:
         """Encode positions [current frontier, frontier) of rows in equal state, from source (R, H, T, D), once."""
         start = self.states[rows[0]].frontier
         if frontier > start:
-            pieces = [maps[row].pieces(start, frontier) for row in rows]
+            pieces = [slots.pieces(start, frontier) for slots in maps]
             self._grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
             for piece in zip(*pieces, strict=True):
                 self._encode(rows, source[:, :, piece[0][0] - start : piece[0][1] - start], [slot for _, _, slot in piece])
@@ -181,3 +181,7 @@ class Track:
         self.states = [State(self.states[row].decided, self.states[row].frontier) for row in order]
         self.batch = len(order)
 
+    def to(self, device: torch.device) -> None:
+        """Move the storage to another device."""
+        self.pool.to(device)
+        self.exact.to(device)

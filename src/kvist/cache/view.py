@@ -136,9 +136,9 @@ class View:
         q = key.codec.transform.forward(q)
         fast, _ = packed_attention(key.codec.traits, value.codec.traits, self.device)
         if fast is not None and look.plain(self) and q.shape[2] <= HOLD:
-            tables = [track.pool.table(self.layer.table_width(track)) for track in (key, value)]
+            tables = tuple(track.pool.table(self.layer.table_width(track)) for track in self.layer.tracks)
             arrays = (key.pool.arrays, value.pool.arrays)
-            partial = fast(q, *arrays, *tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
+            partial = fast(q, *arrays, tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
         else:
             partial = self._packed_tiles(q, look)
         return Partial(value.codec.transform.inverse(partial.out), partial.lse)

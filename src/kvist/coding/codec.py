@@ -10,7 +10,7 @@ from kvist.coding.outliers import NoOutliers, Outliers
 from kvist.coding.ranges import Fixed, MinMax, Range
 from kvist.coding.transforms import Identity, Transform
 from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
-from kvist.kernels.choose import Traits
+from kvist.kernels.choose import Traits, encoder
 from kvist.kernels.grid import narrow, normalise
 from kvist.types import ArraySpec, Part
 
@@ -60,14 +60,12 @@ class Codec(Part):
             return {"values": ArraySpec("head", 1, (dim,), dtype)}
         if dim % RUN:
             raise ValueError(f"head sizes must be multiples of {RUN}, found {dim}")
-        step, size = self.granule, packed_bytes(self.granule if self.granule > 1 else dim, self.levels.bits)
-        along_tokens = self.grouping.along == "tokens"
-        codes = (dim, size) if along_tokens else (size,)
-        specs = {"codes": ArraySpec("head", step, codes, torch.uint8)}
-        numbers = (dim,) if along_tokens else (1 if self.grouping.across_heads else self.grouping.count(dim),)
+        specs = {"codes": ArraySpec("head", 1, (packed_bytes(dim, self.levels.bits),), torch.uint8)}
+        across = self.grouping.across_heads
+        numbers = (dim if self.grouping.along == "tokens" else 1 if across else self.grouping.count(dim),)
         kind = "rows" if self.grouping.across_heads else "head"
         for name in ("scale", "offset")[: self.range.stored]:
-            specs[name] = ArraySpec(kind, step, numbers, torch.float16)
+            specs[name] = ArraySpec(kind, self.granule, numbers, torch.float16)
         if self.outliers.slots:
             specs["outlier"] = ArraySpec("rows", 1, (self.outliers.slots,), torch.float16)
             specs["channel"] = ArraySpec("rows", 1, (self.outliers.slots,), torch.int32)
@@ -78,6 +76,11 @@ class Codec(Part):
         if self.raw:
             return {"values": x}
         x = self.transform.forward(x.float())
+        fast, _ = encoder(self.traits, x.device)
+        return self._reference(x) if fast is None else fast(x)
+
+    def _reference(self, x: Tensor) -> Arrays:
+        """`encode`, from values in the transformed space, by torch alone."""
         arrays, escaped = {}, None
         if self.outliers.slots:
             flat = x.movedim(-3, -2).flatten(-2)
@@ -95,20 +98,14 @@ class Codec(Part):
             arrays |= dict(list({"scale": scale, "offset": offset}.items())[: self.range.stored])
             scale, offset = self._affine(arrays, x.shape[-1])
         codes = self.levels.index(normalise(self._entries(x), scale, offset))
-        if self.grouping.along == "tokens":
-            codes = codes.transpose(-1, -2).contiguous()
-        return {"codes": pack(codes.squeeze(-2) if self.granule == 1 else codes, self.levels.bits)} | arrays
+        return {"codes": pack(codes.flatten(-3, -2), self.levels.bits)} | arrays
 
     def decode(self, arrays: Arrays, *, inverse: bool = True) -> Tensor:
         """Arrays to values (..., H, T, D): fp32, or as stored where nothing was coded. Without `inverse` they stay in
         the transformed space, where attention reads them."""
         if self.raw:
             return arrays["values"]
-        codes = unpack(arrays["codes"], self.levels.bits)
-        if self.grouping.along == "tokens":
-            codes = codes.transpose(-1, -2)
-        else:
-            codes = codes.unsqueeze(-2)
+        codes = self._entries(unpack(arrays["codes"], self.levels.bits))
         dim = codes.shape[-1]
         if isinstance(self.range, Fixed):
             scale, offset = self._fixed(codes.flatten(-3, -2))

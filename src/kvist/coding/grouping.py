@@ -15,7 +15,6 @@ class Grouping(Part):
 
     `size` None is the whole extent: one group per token and head or, with `across_heads`, one per token. Along tokens
     a group belongs to one channel and needs `size` tokens together. The last group along channels may be shorter.
-    Codes are packed along the grouped direction.
     """
 
     along: Literal["tokens", "channels"]

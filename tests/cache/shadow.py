@@ -1,0 +1,124 @@
+"""A kvist cache with the oracle at its side, and the comparison of what a model says over either."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kvist
+from kvist.cache.handle import Handle
+from models_tiny import tiny_llama
+from oracle import OracleCache
+
+ROUGH = 16  # significant bits of the oracle's rough run, of fp32's 24
+MARGIN = 4
+WAYS = ("attached", "sdpa", "eager")
+
+
+class Shadow(kvist.Cache):
+    """At every update the oracle is given the same keys and values, and must hold the same numbers."""
+
+    def __init__(self, model, recipe, mask: Tensor | None = None, **options):
+        super().__init__(model, recipe, **options)
+        self.oracle = OracleCache(self.recipe, len(self.layers), mask)
+        self.checked = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        wanted = self.oracle.update(key_states, value_states, layer_idx)
+        real = torch.tensor([row.real for row in self.oracle.layers[layer_idx].rows])[:, None, :, None]
+        for found, want, side in zip(given, wanted, self.layers[layer_idx].plan.sides, strict=True):
+            found = found.dense() if isinstance(found, Handle) else found
+            same(found.masked_fill(~real, 0), want, side)
+        self.checked += 1
+        return given
+
+    def __getattribute__(self, name: str):
+        if name in ("crop", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "reset"):
+            first, second = super().__getattribute__(name), getattr(self.oracle, name)
+
+            def both(*args):
+                first(*args)
+                second(*args)
+
+            return both
+        return super().__getattribute__(name)
+
+
+def same(found: Tensor, wanted: Tensor, side) -> None:
+    """Equal to the bit, except where a rotation adds up in another order: then to a few units of rounding."""
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    if side.codec.transform.kind == "identity":
+        assert torch.equal(found, wanted), f"{int((found != wanted).sum())} of {found.numel()} numbers differ"
+    else:
+        slack = 64 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        assert (found - wanted).abs().max() <= slack
+
+
+class Spoken(NamedTuple):
+    """What a run said: logits of each step (B, V), and all tokens."""
+
+    logits: list[Tensor]
+    tokens: Tensor
+
+
+Run = Callable[[object, object], Spoken]
+
+
+def compare(run: Run, recipe, way: str = "attached", mask: Tensor | None = None, layers: int = 2) -> None:
+    """`run(model, cache)` says the same over kvist's cache, oracle at its side, as over the oracle alone.
+
+    The budget: MARGIN times what the oracle's own answers move when its keys and values are rounded to ROUGH bits.
+    """
+    model = tiny_llama("eager" if way == "eager" else "sdpa", layers)
+    with torch.no_grad():
+        shadow = Shadow(model, recipe, mask)
+        with kvist.attach(model) if way == "attached" else nullcontext():
+            found = run(model, shadow)
+        assert shadow.checked
+        wanted = run(model, OracleCache(recipe, layers, mask))
+        rough = run(model, OracleCache(recipe, layers, mask, bits=ROUGH))
+    shadow.close()
+    agree(found, wanted, rough)
+    if recipe.name == "exact":
+        assert torch.equal(found.tokens, wanted.tokens)
+
+
+def agree(found: Spoken, wanted: Spoken, rough: Spoken) -> None:
+    """Tokens part no earlier than rounding makes them part, and logits before that are within the budget."""
+    steps, rough_steps = together(found, wanted), together(rough, wanted)
+    assert steps >= rough_steps, f"tokens part at step {steps}, under rounding only at {rough_steps}"
+    budget = MARGIN * max(distance(rough, wanted, rough_steps))
+    assert budget > 0
+    worst = max(distance(found, wanted, steps))
+    assert worst <= budget, f"logits differ by {worst:.2e}, budget {budget:.2e}"
+
+
+def together(a: Spoken, b: Spoken) -> int:
+    """Steps whose logits follow from equal tokens."""
+    if torch.equal(a.tokens, b.tokens):
+        return len(a.logits)
+    width = min(a.tokens.shape[1], b.tokens.shape[1])
+    start = max(0, width - len(b.logits))
+    parted = (a.tokens[:, start:width] != b.tokens[:, start:width]).any(0).nonzero()
+    return 1 + (int(parted[0]) if len(parted) else width - start - 1)
+
+
+def distance(a: Spoken, b: Spoken, steps: int) -> list[float]:
+    return [float((x - y).abs().max()) for x, y in zip(a.logits[:steps], b.logits[:steps], strict=True)]
+
+
+def generating(inputs: dict[str, Tensor], new: int, seed: int = 0, **options) -> Run:
+    """A run of `model.generate`."""
+
+    def run(model, cache) -> Spoken:
+        torch.manual_seed(seed)
+        settings = {"max_new_tokens": new, "do_sample": False} | options
+        out = model.generate(
+            **inputs, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **settings
+        )
+        return Spoken(list(out.logits), out.sequences)
+
+    return run

@@ -1,0 +1,95 @@
+"""Every method under every way that `generate` can be used, against the oracle."""
+
+import pytest
+import torch
+
+import kvist
+from cases import CASES, EACH, recipe
+from models_tiny import padded, tiny_llama, unpadded
+from oracle import OracleCache
+from shadow import WAYS, Shadow, agree, compare, generating
+
+NEW = 40
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", CASES)
+def test_greedy(text, way):
+    compare(generating(unpadded(1, 190), NEW), recipe(text), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", CASES)
+def test_left_padded_rows_of_unequal_lengths(text, way):
+    inputs = padded([170, 131, 20])
+    compare(generating(inputs, NEW), recipe(text), way, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_short_prompt_grows_into_packing(text):
+    inputs = padded([12, 7])
+    compare(generating(inputs, 110), recipe(text), mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_sampling_with_a_seed(text):
+    inputs = padded([150, 141])
+    run = generating(inputs, NEW, seed=5, do_sample=True, temperature=0.7, top_k=20)
+    compare(run, recipe(text), mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_num_return_sequences(text):
+    inputs = padded([150, 141])
+    run = generating(inputs, 25, seed=7, do_sample=True, top_k=10, num_return_sequences=3)
+    compare(run, recipe(text), mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("way", ["attached", "sdpa"])
+@pytest.mark.parametrize("text", CASES)
+def test_beam_search(text, way):
+    inputs = padded([120, 101])
+    run = generating(inputs, NEW, num_beams=3, num_return_sequences=2)
+    compare(run, recipe(text), way, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("prefill", ["exact", "stored"])
+@pytest.mark.parametrize("text", CASES)
+def test_prefill_in_chunks(text, prefill):
+    inputs = padded([210, 150])
+    run = generating(inputs, 12, prefill_chunk_size=64)
+    compare(run, recipe(text, prefill=prefill), mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_prompt_lookup(text):
+    inputs = unpadded(1, 40)
+    inputs = {name: x.repeat(1, 4) for name, x in inputs.items()}  # so that n-grams repeat
+    compare(generating(inputs, NEW, prompt_lookup_num_tokens=5), recipe(text))
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_assisted(text):
+    """The assistant is a model of one layer that guesses badly: most steps crop."""
+    run = generating(unpadded(1, 150), NEW, assistant_model=tiny_llama(layers=1))
+    compare(run, recipe(text))
+
+
+@pytest.mark.parametrize("text", EACH)
+def test_turns_of_generate_on_one_cache(text):
+    model, plan = tiny_llama(), recipe(text)
+    first = unpadded(1, 140)
+
+    def talk(model, cache):
+        said = generating(first, 20)(model, cache)
+        ids = torch.cat([said.tokens, unpadded(1, 45, seed=9)["input_ids"]], 1)
+        again = generating({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 20)(model, cache)
+        return again._replace(logits=said.logits + again.logits) if again.tokens.shape[1] > ids.shape[1] else said
+
+    with torch.no_grad():
+        cache = Shadow(model, plan)
+        with kvist.attach(model):
+            found = talk(model, cache)
+        wanted, rough = (talk(model, OracleCache(plan, 2, bits=bits)) for bits in (None, 16))
+    agree(found, wanted, rough)
+    assert cache.get_seq_length() == 140 + 20 + 45 + 19

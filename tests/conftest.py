@@ -1,0 +1,56 @@
+"""What every test shares: one thread, fixed seeds, uninitialised memory that is NaN, hypothesis profiles."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+SEQUENCES = 2000  # of the state machine, over all its methods
+
+_slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+_common = dict(deadline=None, suppress_health_check=_slow, derandomize=True, database=None)
+settings.register_profile("default", max_examples=30, **_common)
+settings.register_profile("ci", max_examples=200, **_common)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sequences",
+        type=int,
+        default=int(os.environ.get("KVIST_SEQUENCES", SEQUENCES)),
+        help="sequences that the state machine runs, over all methods; may be millions (also: KVIST_SEQUENCES)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def sequences(request: pytest.FixtureRequest) -> int:
+    """How many sequences the state machine is to run in all."""
+    return request.config.getoption("--sequences")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_is_nan():
+    """`torch.empty` gives NaN (or the largest integer), so that reading room nobody wrote to shows."""
+    deterministic, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    torch.use_deterministic_algorithms(deterministic)
