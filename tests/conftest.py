@@ -1,6 +1,7 @@
 """What every test shares: one thread, fixed seeds, uninitialised memory that is NaN, hypothesis profiles."""
 
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -9,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+with warnings.catch_warnings():  # of the libraries that transformers pulls in where they are installed; not ours to mend
+    warnings.simplefilter("ignore")
+    import transformers.cache_utils  # noqa: F401
 
 SEQUENCES = 2000  # of the state machine, over all its methods
 

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"Cache": "kvist.cache.cache", "Recipe": "kvist.plan", "attach": "kvist.attention", "detach": "kvist.attention"}
+_HOMES = {
+    "Cache": "kvist.cache.cache",
+    "Recipe": "kvist.plan",
+    "attach": "kvist.attention",
+    "detach": "kvist.attention",
+}
 
 __all__ = ["Cache", "Recipe", "attach", "detach"]
 

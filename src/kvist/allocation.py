@@ -39,4 +39,6 @@ class Allocation(Part):
         except OSError as error:
             raise ValueError(f"expected an allocation's JSON file at {path}: {error.strerror}") from None
         except ValidationError as error:
-            raise ValueError(f'{path} is not an allocation such as {{"k": [2], "v": [2]}}: {error.errors()[0]["msg"]}') from None
+            raise ValueError(
+                f'{path} is not an allocation such as {{"k": [2], "v": [2]}}: {error.errors()[0]["msg"]}'
+            ) from None

@@ -188,7 +188,9 @@ class Recipe(Part):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ValueError(f"{path} is not a recipe: {where}: {first['msg']}; `kvist show` prints a valid one") from None
+            raise ValueError(
+                f"{path} is not a recipe: {where}: {first['msg']}; `kvist show` prints a valid one"
+            ) from None
 
     def __str__(self) -> str:
         parts = []

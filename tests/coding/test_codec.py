@@ -70,7 +70,12 @@ def test_error_is_at_most_half_a_step_of_the_group(bits, grouping, range_):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), bits=st.sampled_from([1, 2, 3, 4, 8]), power=st.integers(-30, 14), shift=st.integers(-9, 9))
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    power=st.integers(-30, 14),
+    shift=st.integers(-9, 9),
+)
 def test_error_bound_holds_at_any_magnitude(seed, bits, power, shift):
     x = (gaussian(seed, 1, 8, 16) + shift) * 2.0**power
     grouping = Grouping(along="tokens", size=8)

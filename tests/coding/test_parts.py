@@ -37,7 +37,11 @@ def test_a_reading_table_moves_points_and_keeps_decisions():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bits": 2, "points": (0.0, 1.0)}, {"bits": 1, "points": (1.0, -1.0)}, {"bits": 1, "points": (-1, 1), "read": (0,)}],
+    [
+        {"bits": 2, "points": (0.0, 1.0)},
+        {"bits": 1, "points": (1.0, -1.0)},
+        {"bits": 1, "points": (-1, 1), "read": (0,)},
+    ],
 )
 def test_impossible_tables_are_refused(arguments):
     with pytest.raises(ValidationError):

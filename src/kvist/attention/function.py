@@ -18,7 +18,13 @@ def packed_attention(own: str):
     """An attention function that reads handles packed and gives everything else to the model's own, `own`."""
 
     def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **kwargs
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, Handle) and isinstance(value, Handle) and not refusals(attention_mask, dropout, kwargs):
             plain = attention_mask is None or isinstance(attention_mask, LazyMask)
@@ -42,7 +48,11 @@ def packed_attention(own: str):
 
 def refusals(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
     """Why packed data cannot serve a call: named, so that nothing is ever ignored."""
-    reasons = [f"keyword {k!r}" for k, v in kwargs.items() if v is not None and v is not False and k not in UNDERSTOOD | HARMLESS]
+    reasons = [
+        f"keyword {k!r}"
+        for k, v in kwargs.items()
+        if v is not None and v is not False and k not in UNDERSTOOD | HARMLESS
+    ]
     reasons = [reason for reason in reasons if reason != "keyword 'is_causal'" or kwargs["is_causal"] is not True]
     if kwargs.get("sliding_window") is not None:
         reasons.append("a sliding window")

@@ -46,7 +46,9 @@ def attach(model: nn.Module) -> Attachment:
             continue
         name = NAMES.get(own)
         if name is None:
-            raise ValueError(f"kvist attaches to models that run with 'sdpa' or 'eager' attention, found {own!r}; set one of them")
+            raise ValueError(
+                f"kvist attaches to models that run with 'sdpa' or 'eager' attention, found {own!r}; set one of them"
+            )
         AttentionInterface.register(name, packed_attention(own))
         AttentionMaskInterface.register(name, lazy_mask(own))
         before.append((config, own))

@@ -21,16 +21,18 @@ from kvist.plan import Recipe
 class Cache(TransformersCache):
     """A cache that stores packed keys and values.
 
-    model: a transformers causal language model. method: a method's name with options as keywords (`"kivi", bits=2`), its
-    text (`"kivi k=2 v=4"`), a Recipe, or the path of a recipe's JSON file. prefill: "exact", the prompt's own chunk
-    attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for which
-    room is set aside at the first update; the cache grows beyond it when it must.
+    model: a transformers causal language model. method: a method's name with options as keywords (`"kivi", bits=2`),
+    its text (`"kivi k=2 v=4"`), a Recipe, or the path of a recipe's JSON file. prefill: "exact", the prompt's own chunk
+    attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for
+    which room is set aside at the first update; the cache grows beyond it when it must.
 
     The cache listens to `model` for padding masks, through a hook that `close()` removes. Layers with a window of their
     own (sliding attention) keep transformers' own cache.
     """
 
-    def __init__(self, model, method: "str | Recipe | Path", *, prefill: str | None = None, reserve: int = 0, **options):
+    def __init__(
+        self, model, method: "str | Recipe | Path", *, prefill: str | None = None, reserve: int = 0, **options
+    ):
         recipe = resolve(method, **options)
         if prefill is not None:
             recipe = Recipe.model_validate(recipe.model_dump() | {"prefill": prefill})
@@ -46,6 +48,7 @@ class Cache(TransformersCache):
             for kind, arguments in zip(self.describes.kinds, self.describes.arguments, strict=True)
         ]
         super().__init__(layers=layers)
+        self._padded_step: Tensor | None = None
         self._listen(model)
 
     def _listen(self, model) -> None:
@@ -68,20 +71,28 @@ class Cache(TransformersCache):
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(f"kvist.Cache needs the 2-D padding mask (batch, tokens) to know tokens from padding, found {found}")
+                raise ValueError(
+                    f"kvist.Cache needs the 2-D padding mask (batch, tokens) to know tokens from padding, found {found}"
+                )
             if mask.shape[1] < past + slots:
                 raise ValueError(
-                    f"the attention mask covers {mask.shape[1]} slots but the cache holds {past} and {slots} come; pass the "
-                    "mask of the whole sequence"
+                    f"the attention mask covers {mask.shape[1]} slots but the cache holds {past} and {slots} come; "
+                    "pass the mask of the whole sequence"
                 )
-            if mask.device.type == "cpu" or slots > 1:  # on a GPU the check would stall every decode step
-                self._agree(mask[:, :past])
             real = mask[:, past : past + slots].bool()
-            if mask.device.type != "cpu" and slots == 1:
-                real = None  # generate appends ones; see _agree
+            if mask.device.type == "cpu" or slots > 1:
+                self._agree(mask[:, :past])
+            else:  # reading the mask would stall every decode step: note what it says, and look at the next occasion
+                self._padded_step = self._padded_step | ~real.all() if self._padded_step is not None else ~real.all()
+                real = None
         self.rows.extend(batch, slots, real)
 
     def _agree(self, mask: Tensor) -> None:
+        if self._padded_step is not None and bool(self._padded_step):
+            raise ValueError(
+                "a decode step masked its own token on the accelerator, where masks of single steps are not read; "
+                "kvist stored it as a token: pass such steps as chunks of two or more"
+            )
         mask = mask.bool().cpu()
         if self.rows.dense(mask.shape[1]):
             same = bool(mask.all())
@@ -92,8 +103,8 @@ class Cache(TransformersCache):
             same = torch.equal(stored, mask)
         if not same:
             raise ValueError(
-                "the attention mask differs from the one with which earlier tokens were stored; a stored token cannot be "
-                "masked later: start a new cache"
+                "the attention mask differs from the one with which earlier tokens were stored; a stored token cannot "
+                "be masked later: start a new cache"
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
@@ -101,17 +112,19 @@ class Cache(TransformersCache):
         if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
             if batch > 1:
                 raise ValueError(
-                    f"a batch of {batch} arrived without its attention mask being seen, so padding cannot be told from tokens; "
-                    "call the model that was given to kvist.Cache, not a part of it"
+                    f"a batch of {batch} arrived without its attention mask being seen, so padding cannot be told from "
+                    "tokens; call the model that was given to kvist.Cache, not a part of it"
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
-            raise RuntimeError("layers of the cache are out of step, probably after a forward that failed; call reset()")
+            raise RuntimeError(
+                "layers of the cache are out of step, probably after a forward that failed; call reset()"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
         super().reset()
-        self.rows.runs, self.rows.slots = [], 0
+        self.rows.runs, self.rows.slots, self._padded_step = [], 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k)."""

@@ -10,7 +10,9 @@ class Exact:
     """Tokens in the model's own type. Position p behind the sinks sits in ring slot p mod capacity; pins are packed
     tokens kept exact as well, by position."""
 
-    def __init__(self, batch: int, heads: int, dim: int, sinks: int, pins: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, batch: int, heads: int, dim: int, sinks: int, pins: int, dtype: torch.dtype, device: torch.device
+    ):
         self.sinks, self.pinned, self.ring = (
             torch.empty(batch, heads, tokens, dim, dtype=dtype, device=device) for tokens in (sinks, pins, 0)
         )
@@ -49,7 +51,7 @@ class Exact:
         return ring[:, :, slots]
 
     def pin(self, row: int, wanted: Sequence[int], start: int, source: Tensor) -> None:
-        """Keep exactly the `wanted` positions: those kept so far, and those in [start, start + T) from source (H, T, D)."""
+        """Keep just the `wanted` positions: those kept so far, and those in [start, start + T) of source (H, T, D)."""
         have, stop = self.pins[row], start + source.shape[1]
         kept = {p: have[p] for p in wanted if p in have}
         new = [p for p in wanted if p not in kept and start <= p < stop]

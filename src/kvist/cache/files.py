@@ -29,7 +29,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE] if not weight.is_meta else flat.new_empty(0, device="cpu")
+        picked = (
+            flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE] if not weight.is_meta else flat.new_empty(0, device="cpu")
+        )
         digest.update(f"{name}{tuple(weight.shape)}".encode() + picked.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -66,9 +68,13 @@ def load(cls, path: str | Path, model: nn.Module, recipe: Recipe | None):
     """The cache in `path`, for `model`; with `recipe`, only if it was made with that one."""
     header, tensors = _read(Path(path))
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} has cache format {header.get('format')}, this version of kvist reads format {FORMAT}; make it anew")
+        raise ValueError(
+            f"{path} has cache format {header.get('format')}, this version of kvist reads format {FORMAT}; make it anew"
+        )
     if header["model"] != model.config.model_type or header["weights"] != fingerprint(model):
-        raise ValueError(f"{path} was made with other weights (a {header['model']} model); load it with the model that made it")
+        raise ValueError(
+            f"{path} was made with other weights (a {header['model']} model); load it with the model that made it"
+        )
     made = Recipe.model_validate(header["recipe"])
     if recipe is not None and recipe != made.model_copy(update={"prefill": recipe.prefill}):
         raise ValueError(f"{path} was made with another recipe ({made}); leave the method out to use that one")
@@ -77,7 +83,9 @@ def load(cls, path: str | Path, model: nn.Module, recipe: Recipe | None):
     cache.rows.runs = [[Run(*run) for run in runs] for runs in header["runs"]]
     try:
         for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            _load_layer(layer, state, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)})
+            _load_layer(
+                layer, state, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
+            )
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return cache
@@ -89,7 +97,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             text = (file.metadata() or {}).get("kvist")
             if text is None:
                 raise ValueError(f"{path} is a safetensors file but not a kvist cache")
-            return json.loads(text), {name: file.get_tensor(name) for name in file.keys()}
+            return json.loads(text), {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a cache written by kvist at {path}, found none that can be read: {error}") from None
 
@@ -101,7 +109,12 @@ def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
     if not layer.is_initialized:
         return {"empty": True}
     state = {
-        "shape": [layer.shape.heads, layer.shape.key_dim, layer.shape.value_dim, str(layer.dtype).removeprefix("torch.")],
+        "shape": [
+            layer.shape.heads,
+            layer.shape.key_dim,
+            layer.shape.value_dim,
+            str(layer.dtype).removeprefix("torch."),
+        ],
         "slots": layer.slots,
         "updates": layer.updates,
         "settled": layer.settled,
@@ -148,8 +161,9 @@ def _load_layer(layer, state: dict, tensors: dict[str, Tensor]) -> None:
 def _load_track(track: Track, saved: dict, tensors: dict[str, Tensor]) -> None:
     pool, exact = track.pool, track.exact
     track.states = [State(*state) for state in saved["states"]]
-    exact.sinks, exact.pinned, exact.ring = tensors["sinks"], tensors["pinned"], tensors["ring"]
-    exact.pins = [{position: slot for position, slot in pins} for pins in saved["pins"]]
+    # own, aligned memory: a mapped file is neither, and vector code rounds otherwise where memory is not aligned
+    exact.sinks, exact.pinned, exact.ring = (tensors[name].clone() for name in ("sinks", "pinned", "ring"))
+    exact.pins = [dict(pins) for pins in saved["pins"]]
     count = 1 + max((page for table in saved["tables"] for page in table), default=-1)
     if not pool.specs:
         return

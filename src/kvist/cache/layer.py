@@ -134,7 +134,9 @@ class Layer(CacheLayerMixin):
             if frontier > start:
                 waiting = track.exact.get(rows, start, min(old, frontier))
                 source = torch.cat([waiting, new[:, :, : frontier - old]], dim=2) if old > start else new
-                track.pack(rows, decided, frontier, source[:, :, : frontier - start], [maps[r] for r in rows], settled=False)
+                track.pack(
+                    rows, decided, frontier, source[:, :, : frontier - start], [maps[r] for r in rows], settled=False
+                )
             keep = max(old, frontier)
             if behind > keep:
                 track.exact.put(rows, keep, new[:, :, keep - old :])
@@ -211,21 +213,25 @@ class Layer(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        raise ValueError("kvist caches are not offloaded to the CPU: they are small enough to stay; use offloading=False")
+        raise ValueError(
+            "kvist caches are not offloaded to the CPU: they are small enough to stay; use offloading=False"
+        )
 
     prefetch = offload
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[:3] != values.shape[:3]:
             raise ValueError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or tokens: this is not "
-                "ordinary attention (compressed latents?) and kvist does not store it"
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or tokens: this is "
+                "not ordinary attention (compressed latents?) and kvist does not store it"
             )
         if not self.is_initialized:
             return
         found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         if found != self.shape or keys.shape[0] != self.batch_size:
-            raise ValueError(f"this cache holds a batch of {self.batch_size}, {self.shape}; found {keys.shape[0]}, {found}")
+            raise ValueError(
+                f"this cache holds a batch of {self.batch_size}, {self.shape}; found {keys.shape[0]}, {found}"
+            )
 
     def _changed(self) -> None:
         self.version += 1
@@ -236,7 +242,7 @@ class Layer(CacheLayerMixin):
         return self.plan.table(max(map(len, track.pool.tables)), self.page, self.reserve)
 
     def skip(self) -> Tensor | None:
-        """Page slots that the packed read must leave out, (B, width·page) bool: pins and holes. None if there are none."""
+        """Page slots that the packed read leaves out, (B, width·page) bool: pins and holes. None where none are."""
         if self._skip is None and (self.plan.pinned or any(len(maps.runs) > 1 for maps in self.maps)):
             width = max(map(self.table_width, self.tracks))
             skip = torch.zeros(self.batch_size, width * self.page, dtype=torch.bool)

@@ -108,7 +108,7 @@ class Pool:
         self.tables, self._table = tables, None
 
     def write(self, rows: Sequence[int], starts: Sequence[int], arrays: dict[str, Tensor]) -> None:
-        """Put encoded tokens of several rows at their start slots. `arrays` as `Codec.encode` gives them, rows first."""
+        """Put encoded tokens of several rows at their start slots; `arrays` as `Codec.encode` gives them."""
         for name, new in arrays.items():
             spec, pool = self.specs[name], self.arrays[name]
             per_page = self.page // spec.stride

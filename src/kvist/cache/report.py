@@ -11,8 +11,8 @@ from kvist.cache.track import Track
 class Report:
     """Bytes by item, used (holding tokens now) and allocated (room included); tokens counted over rows, per layer.
 
-    items: "codes", "scale", "offset", "outlier", "channel", "values" in pages; "sinks", "pins", "recent" exact; "tables";
-    "other" for layers that transformers' own cache serves.
+    items: "codes", "scale", "offset", "outlier", "channel", "values" in pages; "sinks", "pins", "recent" exact;
+    "tables"; "other" for layers that transformers' own cache serves.
     """
 
     recipe: str
@@ -36,17 +36,25 @@ class Report:
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""
-        totals = {"nbytes": self.nbytes, "used_bytes": sum(self.used.values()), "bits_per_element": self.bits_per_element}
+        totals = {
+            "nbytes": self.nbytes,
+            "used_bytes": sum(self.used.values()),
+            "bits_per_element": self.bits_per_element,
+        }
         return asdict(self) | totals
 
     def __str__(self) -> str:
-        lines = [f"{self.recipe}: {self.tokens} tokens per layer, {self.packed:.0f} packed and {self.exact:.0f} exact (mean)"]
+        lines = [
+            f"{self.recipe}: {self.tokens} tokens per layer, {self.packed:.0f} packed and {self.exact:.0f} exact (mean)"
+        ]
         lines += [f"  {'item':<10}{'used':>14}{'allocated':>14}"]
         for name, allocated in self.allocated.items():
             lines.append(f"  {name:<10}{_size(self.used.get(name, 0)):>14}{_size(allocated):>14}")
         lines.append(f"  {'total':<10}{_size(sum(self.used.values())):>14}{_size(self.nbytes):>14}")
         ratio = self.exact_bytes / self.nbytes if self.nbytes else 0
-        lines.append(f"  {self.bits_per_element:.2f} bits per element; 16-bit cache {_size(self.exact_bytes)} ({ratio:.2f}x)")
+        lines.append(
+            f"  {self.bits_per_element:.2f} bits per element; 16-bit cache {_size(self.exact_bytes)} ({ratio:.2f}x)"
+        )
         return "\n".join(lines)
 
 
@@ -98,7 +106,11 @@ def _track(layer: Layer, track: Track, used: Counter, allocated: Counter) -> Non
     recent = sum(layer.behind(r) - state.frontier for r, state in enumerate(track.states))
     pins = sum(map(len, kept.pins))
     sinks = sum(min(length, layer.plan.sinks) for length in layer.lengths)
-    for name, tensor, count in (("recent", kept.ring, recent), ("pins", kept.pinned, pins), ("sinks", kept.sinks, sinks)):
+    for name, tensor, count in (
+        ("recent", kept.ring, recent),
+        ("pins", kept.pinned, pins),
+        ("sinks", kept.sinks, sinks),
+    ):
         allocated[name] += tensor.nbytes
         used[name] += count * token
 

@@ -33,7 +33,9 @@ class Rows:
         if not self.runs:
             self.runs = [[] for _ in range(batch)]
         if batch != self.batch:
-            raise ValueError(f"this cache holds {self.batch} rows, found a batch of {batch}; use reset() or a new cache")
+            raise ValueError(
+                f"this cache holds {self.batch} rows, found a batch of {batch}; use reset() or a new cache"
+            )
         everything = real is None or bool(real.all())
         for row, runs in enumerate(self.runs):
             pieces = [(0, slots)] if everything else _stretches(real[row].tolist())

@@ -6,6 +6,7 @@ surviving codes stay, the group is closed, and the next token starts a new one (
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.plan import LayerPlan, Side
-from kvist.types import HOLD, Geometry
+from kvist.types import Geometry
 
 TILE = 1 << 18  # elements that are encoded at a time: their fp32 copies fit a core's L2 cache
 
@@ -81,7 +82,15 @@ class Track:
     """One side of one layer of a living cache."""
 
     def __init__(
-        self, side: Side, plan: LayerPlan, shape: Geometry, dim: int, page: int, batch: int, reserve: int, device: torch.device
+        self,
+        side: Side,
+        plan: LayerPlan,
+        shape: Geometry,
+        dim: int,
+        page: int,
+        batch: int,
+        reserve: int,
+        device: torch.device,
     ):
         self.side, self.plan, self.dim, self.batch, self.reserve = side, plan, dim, batch, reserve
         self.rule, self.codec = side.retention, side.codec
@@ -110,7 +119,9 @@ class Track:
             pieces = [slots.pieces(start, frontier) for slots in maps]
             self._grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
             for piece in zip(*pieces, strict=True):
-                self._encode(rows, source[:, :, piece[0][0] - start : piece[0][1] - start], [slot for _, _, slot in piece])
+                self._encode(
+                    rows, source[:, :, piece[0][0] - start : piece[0][1] - start], [slot for _, _, slot in piece]
+                )
         if self.rule.most_pins:
             wanted = [p for p in self.rule.pins(decided) if p < frontier]
             for i, row in enumerate(rows):
@@ -139,7 +150,7 @@ class Track:
         head = -slots[0] % page if len({slot % page for slot in slots}) == 1 else 0
         whole = head + max(0, tokens - head) // page * page
         cuts = sorted({0, min(head, tokens), *range(head + step, whole, step), min(whole, tokens), tokens})
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             self.pool.write(rows, [slot + a for slot in slots], self.codec.encode(source[:, :, a:b]))
 
     def crop(self, row: int, length: int, maps: SlotMap, slots: int) -> None:

@@ -6,6 +6,7 @@ with the context; only `dense`, the way for strangers, builds the whole tensor.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -129,7 +130,7 @@ class View:
         return torch.stack(ends) - 1
 
     def _loose_part(self, q: Tensor, loose: Loose, look: Look) -> Partial:
-        return _tiled(q, loose.keys, loose.values, lambda a, b: look.at(loose.tokens, a, b), look)
+        return _tiled(q, loose.keys, loose.values, partial(look.at, loose.tokens), look)
 
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
         key, value = self.layer.key, self.layer.value
@@ -138,17 +139,17 @@ class View:
         if fast is not None and look.plain(self) and q.shape[2] <= HOLD:
             tables = tuple(track.pool.table(self.layer.table_width(track)) for track in self.layer.tracks)
             arrays = (key.pool.arrays, value.pool.arrays)
-            partial = fast(q, *arrays, tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
+            part = fast(q, *arrays, tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
         else:
-            partial = self._packed_tiles(q, look)
-        return Partial(value.codec.transform.inverse(partial.out), partial.lse)
+            part = self._packed_tiles(q, look)
+        return Partial(value.codec.transform.inverse(part.out), part.lse)
 
     def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
         """The reference: decode some pages, attend, merge."""
         running = None
         for keys, values, tokens in self._tiles(q.shape[2]):
-            partial = _tiled(q, keys, values, lambda a, b, t=tokens: look.at(t, a, b), look)
-            running = partial if running is None else merge([running, partial])
+            part = _tiled(q, keys, values, partial(look.at, tokens), look)
+            running = part if running is None else merge([running, part])
         return running
 
     def _tiles(self, queries: int):
@@ -192,12 +193,17 @@ class View:
             for offset, count in self.rows.columns(row, self.past, self.slots):
                 tokens[row, offset : offset + count] = torch.arange(first, first + count, device=self.device)
                 first += count
-        running = None
-        for a in range(0, keys.shape[2], QUERIES):
-            part = slice(a, a + QUERIES)
-            partial = _tiled(q, keys[:, :, part], values[:, :, part], lambda m, n, p=part: look.at(tokens[:, p], m, n), look)
-            running = partial if running is None else merge([running, partial])
-        return running
+        out, lse = torch.zeros(*q.shape[:3], values.shape[-1], device=self.device), q.new_full(q.shape[:3], -torch.inf)
+        causal = look.horizon is not None
+        for start in range(
+            0, keys.shape[2], QUERIES
+        ):  # causal: a key is seen by the queries of its own column and after
+            stop, first = start + QUERIES, start if causal else 0
+            part = [x[:, :, start:stop] for x in (keys, values)]
+            seen = partial(look.at, tokens[:, start:stop], shift=first)
+            new = _tiled(q[:, :, first:], *part, seen, look)
+            out[:, :, first:], lse[:, :, first:] = merge([Partial(out[:, :, first:], lse[:, :, first:]), new])
+        return Partial(out, lse)
 
     # ------------------------------------------------------------------ dense
 
@@ -253,8 +259,9 @@ class Look(NamedTuple):
         slots = self.view.rows.slot_of(row, mask.device)[: self.view.lengths[row]]
         return mask[min(row, mask.shape[0] - 1)][..., slots]
 
-    def at(self, tokens: Tensor, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """Visibility (B, 1 or Hq, m, N) and additive bias or None, of tokens (B, N) for queries [first, last)."""
+    def at(self, tokens: Tensor, first: int, last: int, shift: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Visibility (B, 1 or Hq, m, N) and bias or None, of tokens (B, N) for queries [first, last) + shift."""
+        first, last = first + shift, last + shift
         seen = (tokens >= 0)[:, None, None, :]
         if self.horizon is not None:
             seen = seen & (tokens[:, None, :] <= self.horizon[:, first:last, None]).unsqueeze(1)

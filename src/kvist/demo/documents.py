@@ -5,7 +5,6 @@ sample.py) and `notes.txt` (about caches).
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 ROOM = Path(__file__).parent
 SHORTEST, LONGEST = 1400, 1900  # tokens
 PER_DOCUMENT = {"pass key": 1, "magic number": 4, "assignment": 4, "table": 3}
-TABLE_LINES = 12
+TABLE_LINES = 24  # the model looks a word up best where the table ends the document, as in training
 CITIES = "Paris Oslo Lima Kyoto Boston Cairo London Rome Madrid Berlin Vienna Athens Dublin Tokyo Delhi Moscow".split()
 WORDS = (
     "stone window river garden silver market candle forest bridge winter summer letter bottle basket copper village "
@@ -51,10 +50,9 @@ def documents(tokenizer, questions: int, seed: int = 0) -> list[Document]:
 
 
 def _document(tokenizer, random_: random.Random, most: int) -> Document:
-    facts, asked = _facts(random_)
+    pieces, table, asked = _facts(random_)
     budget = random_.randint(SHORTEST, LONGEST) - 1
-    pieces = list(facts)
-    used = sum(len(_ids(tokenizer, piece)) for piece in pieces)
+    used = sum(len(_ids(tokenizer, piece)) for piece in [*pieces, table])
     for sentence in random_.sample(_filler(), len(_filler())):
         size = len(_ids(tokenizer, " " + sentence))
         if used + size > budget:
@@ -62,35 +60,35 @@ def _document(tokenizer, random_: random.Random, most: int) -> Document:
         used += size
         pieces.append(" " + sentence)
     random_.shuffle(pieces)
-    text = "".join(pieces).strip()
+    text = "".join(pieces).strip() + table
     asked = random_.sample(asked, min(most, len(asked)))
     ids = (tokenizer.bos_token_id, *_ids(tokenizer, text))
     return Document(text, ids, tuple(_question(tokenizer, *fact) for fact in asked))
 
 
-def _facts(random_: random.Random) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """Pieces of text to plant, and (kind, question, answer) about them."""
-    planted, asked = [], []
-    number = lambda: "".join(random_.choices("0123456789", k=random_.randint(4, 7)))  # noqa: E731
-    words = random_.sample(WORDS, len(WORDS))
+def _facts(random_: random.Random) -> tuple[list[str], str, list[tuple[str, str, str]]]:
+    """Pieces of text to plant anywhere, the table that comes last, and (kind, question, answer) about them."""
+    planted, asked, words = [], [], random_.sample(WORDS, len(WORDS))
     for _ in range(PER_DOCUMENT["pass key"]):
-        n = number()
+        n = _number(random_)
         planted.append(f" The pass key is {n}. Remember it. {n} is the pass key.\n")
         asked.append(("pass key", "\nWhat is the pass key? The pass key is", f" {n}."))
     for city in random_.sample(CITIES, PER_DOCUMENT["magic number"]):
-        n = number()
+        n = _number(random_)
         planted.append(f" One of the special magic numbers for {city} is: {n}.\n")
         question = f"\nWhat is the special magic number for {city}? The special magic number for {city} is:"
         asked.append(("magic number", question, f" {n}."))
     for _ in range(PER_DOCUMENT["assignment"]):
-        n, name = number(), f"{words.pop()}-{words.pop()}"
+        n, name = _number(random_), f"{words.pop()}-{words.pop()}"
         planted.append(f"\n{name} = {n}\n")
         asked.append(("assignment", f"\nprint({name}) ->", f" {n}"))
-    lines = [(words.pop(), "".join(random_.choices("0123456789", k=3))) for _ in range(TABLE_LINES)]
-    planted.append("\n" + "".join(f"{word}: {n}\n" for word, n in lines) + "\n")
-    for word, n in random_.sample(lines, PER_DOCUMENT["table"]):
-        asked.append(("table", f"\n\n{word}:", f" {n}"))
-    return planted, asked
+    lines = [(word, _number(random_, 3, 3)) for word in words[:TABLE_LINES]]
+    asked += [("table", f"\n{word}:", f" {n}") for word, n in random_.sample(lines, PER_DOCUMENT["table"])]
+    return planted, "\n\n" + "".join(f"{word}: {n}\n" for word, n in lines), asked
+
+
+def _number(random_: random.Random, least: int = 4, most: int = 7) -> str:
+    return "".join(random_.choices("0123456789", k=random_.randint(least, most)))
 
 
 def _question(tokenizer, kind: str, text: str, answer: str) -> Question:
@@ -105,8 +103,3 @@ def _ids(tokenizer, text: str) -> list[int]:
 def _filler() -> list[str]:
     return [s for name in ("text.txt", "notes.txt") for s in (ROOM / name).read_text().splitlines()]
 
-
-def batches(documents: list[Document]) -> Iterator[tuple[Document, tuple[Question, ...]]]:
-    """A document at a time, with all that is asked about it."""
-    for document in documents:
-        yield document, document.questions

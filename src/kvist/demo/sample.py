@@ -10,7 +10,7 @@ from pathlib import Path
 from kvist.demo.model import load
 
 TEXT = Path(__file__).with_name("text.txt")
-SEED, TEMPERATURE, TOKENS = 20, 0.9, 1900
+SEED, TEMPERATURE, TOKENS = 20, 0.9, 1100
 OPENINGS = (
     "The harbour was quiet in the morning, and",
     "My grandmother kept a garden behind the house, where",
@@ -56,8 +56,8 @@ def sample() -> str:
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(OPENINGS), return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
-    length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-    out = model.generate(**inputs, **length, do_sample=True, temperature=TEMPERATURE, top_k=0)
+    never = {"eos_token_id": -1}  # an end token is sampled like any other and dropped
+    out = model.generate(**inputs, **never, max_new_tokens=TOKENS, do_sample=True, temperature=TEMPERATURE, top_k=0)
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return "\n".join(s for text in texts for s in sentences(text)) + "\n"
 

@@ -1,13 +1,15 @@
 """Attention over packed pages on a CPU: one page and KV head at a time, decoded into the first-level cache.
 
-Compiled by numba, run without the interpreter's lock on Python threads. Per page: codes to numbers, scores of all queries
-of the head, an online softmax, the weighted values. Every loop runs over neighbouring bytes at one shift, which is what
-the planar order of `bits` is for. It reads packed bytes only, and allocates nothing that depends on the context.
+Compiled by numba, run without the interpreter's lock on Python threads. Per page: codes to numbers, scores of all
+queries of the head, an online softmax, the weighted values. Every loop runs over neighbouring bytes at one shift,
+which is what the planar order of `bits` is for. It reads packed bytes only, and allocates nothing that depends on the
+context.
 """
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -233,7 +235,9 @@ def _split(limits: list[int], heads: int, page: int, threads: int) -> np.ndarray
     return np.array(items, np.int64).reshape(-1, 4)
 
 
-def attend_pages(key, value, q: Tensor, keys: dict, values: dict, tables: tuple, limits, skip, page, scale, softcap) -> Partial:
+def attend_pages(
+    key, value, q: Tensor, keys: dict, values: dict, tables: tuple, limits, skip, page, scale, softcap
+) -> Partial:
     """See `choose.packed_attention`. key and value are their Traits."""
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = keys["codes"].shape[1], values["codes"].shape[-1] * 8 // value.bits
@@ -255,7 +259,7 @@ def attend_pages(key, value, q: Tensor, keys: dict, values: dict, tables: tuple,
 def _spread(call: tuple, work: np.ndarray, out: np.ndarray, lse: np.ndarray) -> None:
     threads = max(1, min(torch.get_num_threads(), len(work)))
     cuts = np.linspace(0, len(work), threads + 1).astype(int)
-    parts = [(*call, work[a:b], out[a:b], lse[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [(*call, work[a:b], out[a:b], lse[a:b]) for a, b in pairwise(cuts)]
     waiting = [_threads(threads - 1).submit(_attend, *part) for part in parts[1:]]
     _attend(*parts[0])
     for future in waiting:

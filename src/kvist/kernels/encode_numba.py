@@ -1,5 +1,7 @@
-"""Grouped min-max rounding on a CPU: the same codes, scales and offsets as the reference in `coding`, in two passes over
-a tile. The first finds the extremes of each group; torch narrows them to fp16; the second divides, rounds and packs."""
+"""Grouped min-max rounding on a CPU: the same codes, scales and offsets as the reference in `coding`, in two passes.
+
+The first finds the extremes of each group; torch narrows them to fp16; the second divides, rounds and packs.
+"""
 
 import numpy as np
 import torch
@@ -95,6 +97,8 @@ def encode(traits, x: Tensor) -> dict[str, Tensor]:
     divisor.masked_fill_(divisor == 0, 1.0)
     codes = torch.empty(source.shape[0], tokens, packed_bytes(dim, traits.bits), dtype=torch.uint8)
     planes = (*PLANES[traits.bits], 0)[:2]
-    _codes(source, divisor.numpy(), offset.float().numpy(), group, along_tokens, np.float32(top), *planes, codes.numpy())
+    _codes(
+        source, divisor.numpy(), offset.float().numpy(), group, along_tokens, np.float32(top), *planes, codes.numpy()
+    )
     named = {"codes": codes, "scale": scale, "offset": offset}
     return {name: array.view(*lead, *array.shape[1:]) for name, array in named.items()}

@@ -44,8 +44,8 @@ def describe(model) -> Model:
     kinds, arguments = compat.layer_types(text)
     if SERVED not in kinds:
         raise ValueError(
-            f"{name} has no full-attention layer (its layers: {', '.join(sorted(set(kinds)))}); their caches do not grow "
-            "with the context, so there is nothing to gain"
+            f"{name} has no full-attention layer (its layers: {', '.join(sorted(set(kinds)))}); their caches do not "
+            "grow with the context, so there is nothing to gain"
         )
     return Model(name, tuple(kinds), tuple(arguments), text.num_attention_heads, _geometry(text, model), _rotary(text))
 

@@ -1,4 +1,4 @@
-"""Listen to a model's forward: which slots are tokens. `update` is never told, so a removable pre-hook tells the cache."""
+"""Listen to a model's forward: which slots are tokens. `update` is never told; a removable pre-hook tells the cache."""
 
 import inspect
 import weakref

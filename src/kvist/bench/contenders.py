@@ -1,0 +1,115 @@
+"""Who is compared in a decode step: transformers' caches at their best public setting, and kvist's methods."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import DynamicCache, QuantizedCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvist.attention.function import packed_attention
+from kvist.cache.layer import Layer
+from kvist.cache.rows import Rows
+from kvist.methods import parse
+
+LAYERS, QUERY_HEADS, KV_HEADS, DIM = 2, 8, 2, 128
+SHAPE = f"{LAYERS} layers of {QUERY_HEADS} query and {KV_HEADS} KV heads of {DIM}, bf16, batch 1"
+
+
+class Contender:
+    """A cache and the attention that serves it. `step()` is one decode step of all layers, no model around it."""
+
+    def __init__(
+        self,
+        name: str,
+        cache: TransformersCache,
+        attention: Callable,
+        announce: Callable[[int], None],
+        room: Callable[[], int],
+    ):
+        self.name, self.cache, self.attention, self.announce, self.room = name, cache, attention, announce, room
+        self.module = SimpleNamespace(num_key_value_groups=QUERY_HEADS // KV_HEADS, is_causal=True, layer_idx=0)
+
+    def fill(self, tokens: int, chunk: int = 8192) -> None:
+        """A context of random tokens, without attending to it."""
+        for start in range(0, tokens, chunk):
+            n = min(chunk, tokens - start)
+            self.announce(n)
+            for layer in range(LAYERS):
+                self.cache.update(_random(KV_HEADS, n), _random(KV_HEADS, n), layer)
+
+    def step(self) -> Tensor:
+        """One token through all layers."""
+        self.announce(1)
+        for layer in range(LAYERS):
+            keys, values = self.cache.update(_random(KV_HEADS, 1), _random(KV_HEADS, 1), layer)
+            out, _ = self.attention(self.module, _random(QUERY_HEADS, 1), keys, values, None, scaling=DIM**-0.5)
+        return out
+
+    def nbytes(self) -> int:
+        """Bytes that the cache holds at rest."""
+        return self.room()
+
+
+def _random(heads: int, tokens: int) -> Tensor:
+    return torch.randn(1, heads, tokens, DIM, dtype=torch.bfloat16)
+
+
+def dynamic() -> Contender:
+    """transformers' DynamicCache under SDPA with grouped queries, its best public setting on a CPU."""
+    cache = DynamicCache()
+    return Contender("dynamic", cache, sdpa_attention_forward, lambda n: None, lambda: _held(cache))
+
+
+def quantized(backend: str, bits: int) -> Contender:
+    """transformers' QuantizedCache, its defaults but for the backend, the bits and, for hqq, its per-token axis."""
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS, num_attention_heads=QUERY_HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM
+    )
+    axis = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
+    cache = QuantizedCache(backend=backend, config=config, nbits=bits, **axis)
+    return Contender(f"{backend}-{bits}", cache, sdpa_attention_forward, lambda n: None, lambda: _held(cache))
+
+
+def ours(method: str) -> Contender:
+    """A kvist cache, attached."""
+    recipe, rows = parse(method), Rows()
+    layers = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
+    cache = TransformersCache(layers=layers)
+
+    def held() -> int:
+        from kvist.cache.report import measure
+
+        return measure(method, layers).nbytes
+
+    return Contender(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), held)
+
+
+def _held(cache) -> int:
+    """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
+    seen: dict[int, int] = {}
+
+    def visit(x) -> None:
+        if isinstance(x, Tensor):
+            inner = [
+                getattr(x, name) for name in ("_data", "_scale", "_shift") if isinstance(getattr(x, name, None), Tensor)
+            ]
+            if inner:
+                for part in inner:
+                    visit(part)
+            else:
+                storage = x.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(x, dict):
+            for value in x.values():
+                visit(value)
+        elif isinstance(x, list | tuple):
+            for value in x:
+                visit(value)
+
+    for layer in cache.layers:
+        visit(vars(layer))
+    return sum(seen.values())
