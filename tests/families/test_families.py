@@ -44,10 +44,16 @@ def sequence(batch: int = 1, seed: int = 1) -> list[torch.Tensor]:
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to fp32 rounding, relative to the spread of the logits (B, T, V). Rounding that differs in the last bit
     may move a scale by one fp16 step or a code by one, hence not 1e-6. One token treated wrongly moves the logits of
-    most positions by a tenth of what all packed tokens together do, which is at least 0.05 (see test_greedy)."""
+    most positions by a tenth of what all packed tokens together do, which is at least 0.03 (see test_greedy)."""
     error = (found - expected).abs().amax(-1) / expected.std()
     assert error.median() <= 5e-4
     assert error.max() <= 0.05
+
+
+def read_packed(family: str, attention: str, attached: bool) -> bool:
+    """Whether pages are read packed. Falcon does not use the attention interface: under sdpa the handles answer it,
+    attached or not; its eager attention multiplies dense tensors."""
+    return attention == "sdpa" if family.startswith("falcon") else attached
 
 
 def no_dense(monkeypatch) -> None:
@@ -76,9 +82,9 @@ def test_greedy(family, attention, method, attached, monkeypatch):
     expected = logits_of(model, rounded_cache(model, method, BITS, WINDOW), sequence())
     exact = logits_of(model, DynamicCache(config=model.config), sequence())
     effect = (expected - exact)[:, PROMPT:].abs().amax(-1) / exact.std()
-    assert effect.median() > 0.05, "2 bits must show, or this test could not fail"
+    assert effect.median() > 0.03, "2 bits must show, or this test could not fail"
     with reading(model, attached):
-        if attached and (attention == "sdpa" or not family.startswith("falcon")):
+        if read_packed(family, attention, attached):
             no_dense(monkeypatch)
         cache = kvist.Cache(model, METHODS[method])
         found = logits_of(model, cache, sequence())
@@ -104,7 +110,7 @@ def test_left_padded_rows_equal_the_same_rows_alone(family, attention, method, a
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache, seen, found = kvist.Cache(model, METHODS[method]), 0, []
     with reading(model, attached), torch.no_grad():
-        if attached and (attention == "sdpa" or not family.startswith("falcon")):
+        if read_packed(family, attention, attached):
             no_dense(monkeypatch)
         for chunk in (batch["input_ids"], *steps.split(1, 1)):
             part = slice(seen, seen + chunk.shape[1])
@@ -133,7 +139,7 @@ def test_crop_takes_back_what_was_never_asked(family, attention, method, attache
         expected += [model(i, past_key_values=reference).logits[:, -1] for i in ids[:, PROMPT:].split(1, 1)]
     found = []
     with reading(model, attached), torch.no_grad():
-        if attached and (attention == "sdpa" or not family.startswith("falcon")):
+        if read_packed(family, attention, attached):
             no_dense(monkeypatch)
         found.append(model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1])
         cache.crop(0)

@@ -50,10 +50,9 @@ def refusals(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
     """Why packed data cannot serve a call: named, so that nothing is ever ignored."""
     reasons = [
         f"keyword {k!r}"
-        for k, v in kwargs.items()
-        if v is not None and v is not False and k not in UNDERSTOOD | HARMLESS
+        for k, v in kwargs.items()  # a flag that is off changes nothing, and neither does causality that is on
+        if v is not None and v is not (k == "is_causal") and k not in UNDERSTOOD | HARMLESS
     ]
-    reasons = [reason for reason in reasons if reason != "keyword 'is_causal'" or kwargs["is_causal"] is not True]
     if kwargs.get("sliding_window") is not None:
         reasons.append("a sliding window")
     if dropout:

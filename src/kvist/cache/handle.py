@@ -55,5 +55,9 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     grouped = heads == 1 or (enable_gqa and query.shape[1] % heads == 0)  # a single head is broadcast
     if query.dim() != 4 or (query.shape[1] != heads and not grouped):
         return None
+    if attn_mask is not None:
+        if attn_mask.dim() > 4 or attn_mask.shape[-1] != key.shape[2]:
+            return None
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return key.view.attend(query, scale, mask=attn_mask, causal=False)

@@ -150,25 +150,20 @@ class Pool:
             found[name] = taken.transpose(1, 2).flatten(2, 3) if spec.kind == "head" else taken.flatten(1, 2)
         return found
 
-    def entries(self, row: int, groups: Tensor, granule: int) -> dict[str, Tensor]:
-        """Arrays of whole groups of one row: groups (n,) are slot // granule. Shaped (H, n·granule/stride, …)."""
-        table = self.table_row(row)
-        page, within = table[groups * granule // self.page], groups * granule % self.page
-        found = {}
+    def entries(self, row: int, groups: Sequence[int], granule: int) -> dict[str, Tensor]:
+        """Arrays of whole groups of one row, groups as slot // granule: (H, n·granule/stride, …), rows without H."""
+        table, found = self.tables[row], {}
+        pages = torch.tensor([table[g * granule // self.page] for g in groups], device=self.device).unsqueeze(-1)
+        starts = torch.tensor([g * granule % self.page for g in groups], device=self.device).unsqueeze(-1)
         for name, spec in self.specs.items():
-            steps = granule // spec.stride
-            entry = (within // spec.stride).unsqueeze(-1) + torch.arange(steps, device=self.device)
+            entry = starts // spec.stride + torch.arange(granule // spec.stride, device=self.device)
             if spec.kind == "head":
-                taken = self.arrays[name][page.unsqueeze(-1), :, entry]  # (n, steps, H, …)
-                found[name] = taken.flatten(0, 1).transpose(0, 1)
+                found[name] = self.arrays[name][pages, :, entry].flatten(0, 1).transpose(0, 1)
             else:
-                found[name] = self.arrays[name][page.unsqueeze(-1), entry].flatten(0, 1)
+                found[name] = self.arrays[name][pages, entry].flatten(0, 1)
         return found
 
     def to(self, device: torch.device) -> None:
         """Move the storage to another device."""
         self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
         self.device, self._table = device, None
-
-    def table_row(self, row: int) -> Tensor:
-        return torch.tensor(self.tables[row], device=self.device)

@@ -162,12 +162,14 @@ class Track:
         state.decided = min(state.decided, length)
         self.exact.pins[row] = {p: s for p, s in self.exact.pins[row].items() if p < length}
 
-    def decode(self, row: int, slots: Tensor) -> Tensor:
-        """Packed tokens of one row at some slots (n,), ascending: (H, n, D), each group decoded once."""
+    def decode(self, row: int, slots: Sequence[int]) -> Tensor:
+        """Packed tokens of one row at some slots: (H, n, D), each group decoded once."""
         granule = self.codec.granule
-        groups, index = torch.unique(slots // granule, return_inverse=True)
+        groups = sorted({slot // granule for slot in slots})
         decoded = self.codec.decode(self.pool.entries(row, groups, granule))
-        return decoded[:, index * granule + slots % granule]
+        place = {group: i * granule for i, group in enumerate(groups)}
+        index = [place[slot // granule] + slot % granule for slot in slots]
+        return decoded if index == list(range(decoded.shape[1])) else decoded[:, index]
 
     def fetch(self, row: int, positions: Sequence[int], maps: SlotMap) -> Tensor:
         """Any stored positions of one row, (H, n, D): exact where kept exact, otherwise decoded."""
@@ -181,8 +183,7 @@ class Track:
         if pinned:
             out[:, pinned] = exact.pinned[row][:, [pins[positions[i]] for i in pinned]]
         if packed:
-            slots = torch.tensor([maps.slot_of(positions[i]) for i in packed], device=out.device)
-            out[:, packed] = self.decode(row, slots).to(out.dtype)
+            out[:, packed] = self.decode(row, [maps.slot_of(positions[i]) for i in packed]).to(out.dtype)
         return out
 
     def select(self, rows: Tensor, order: Sequence[int]) -> None:

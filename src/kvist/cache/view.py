@@ -64,6 +64,8 @@ class View:
         self.limits = [maps.slot(p) for maps, p in zip(layer.maps, self.both, strict=True)]
         self.skip = layer.skip()
         self._loose = Loose.of(layer) if chunk else None
+        if chunk:  # the append that follows writes into the rings
+            self._loose = self._loose._replace(keys=self._loose.keys.clone())
         self._version = layer.version + (1 if chunk else 0)
 
     @classmethod

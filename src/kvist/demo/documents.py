@@ -10,14 +10,17 @@ from functools import cache
 from pathlib import Path
 
 ROOM = Path(__file__).parent
-SHORTEST, LONGEST = 1400, 1900  # tokens
+SHORTEST, LONGEST = 1700, 1900  # tokens
 PER_DOCUMENT = {"pass key": 1, "magic number": 4, "assignment": 4, "table": 3}
 TABLE_LINES = 24  # the model looks a word up best where the table ends the document, as in training
-CITIES = "Paris Oslo Lima Kyoto Boston Cairo London Rome Madrid Berlin Vienna Athens Dublin Tokyo Delhi Moscow".split()
+CITIES = ("Paris", "Oslo", "Lima", "Kyoto", "Boston", "Cairo", "London", "Rome", "Madrid", "Berlin", "Vienna", "Athens")
+# fmt: off
 WORDS = (
-    "stone window river garden silver market candle forest bridge winter summer letter bottle basket copper village "
-    "mountain orange ladder pencil island mirror pocket needle harbor saddle feather kitchen shadow thunder velvet wagon"
-).split()
+    "stone", "window", "river", "garden", "silver", "market", "candle", "forest", "bridge", "winter", "summer", "letter",
+    "bottle", "basket", "copper", "village", "mountain", "orange", "ladder", "pencil", "island", "mirror", "pocket",
+    "needle", "harbor", "saddle", "feather", "kitchen", "shadow", "thunder", "velvet", "wagon",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -102,4 +105,3 @@ def _ids(tokenizer, text: str) -> list[int]:
 @cache
 def _filler() -> list[str]:
     return [s for name in ("text.txt", "notes.txt") for s in (ROOM / name).read_text().splitlines()]
-

@@ -1,13 +1,13 @@
 """What each method makes of the documents: fidelity to the exact cache, answers right, bytes, speed.
 
-The documents' keys and values are computed once, by the model with transformers' own cache: under prefill="exact" they
-do not depend on the method, since a prompt attends to itself in full precision. Each method's cache is given them in one
-update, as a prompt would, and is then shared by all questions about the document: `batch_repeat_interleave` shares the
-full pages, and each row goes on with a question of its own.
+A document's keys and values are computed once, by the model with transformers' own cache: under prefill="exact" they do
+not depend on the method, since a prompt attends to itself in full precision. Each method's cache is given them in one
+update, as a prompt would, and then serves all questions about the document: `batch_repeat_interleave` shares its full
+pages, and each row goes on with a question of its own.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch

@@ -55,8 +55,8 @@ def _geometry(text, model) -> Geometry:
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     attention = getattr(text, "attn_config", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or getattr(attention, "kv_n_heads", None)
-    if text.model_type == "falcon":
-        kv_heads = text.num_kv_heads if text.new_decoder_architecture or not text.multi_query else 1
+    if text.model_type == "falcon":  # its newer architecture repeats the KV heads before they reach the cache
+        kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
     dtype = getattr(model, "dtype", None) or torch.float32
     return Geometry(kv_heads or heads, dim, dim, dtype)
 

@@ -1,0 +1,48 @@
+"""The program `kvist` and its verbs."""
+
+from typing import Annotated
+
+import typer
+
+from kvist import __version__
+from kvist.cli import bench, demo, inspect, methods, run
+from kvist.cli.errors import Verbs
+
+app = typer.Typer(
+    cls=Verbs,
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvist(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """A key-value cache of 1 to 4 bits for Hugging Face causal language models, truly packed.
+
+    A method is written the same way everywhere: 'kivi:2', 'kivi k=2 v=4 group=32 recent=128', or a recipe's JSON file.
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+app.command("methods")(methods.catalogue)
+app.command("show")(methods.show)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+app.add_typer(bench.app, name="bench")

@@ -1,0 +1,183 @@
+"""Generation over one living cache: streaming, clocks, and figures at the end."""
+
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from kvist.attention import attach
+from kvist.cache.cache import Cache
+from kvist.cli.show import size
+from kvist.plan import Recipe
+
+
+class Clock(TextStreamer):
+    """Notes when each token came, and prints the text unless told not to."""
+
+    def __init__(self, tokenizer, stream: bool):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream, self.times, self.tokens = stream, [], []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.tokens += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.stream:
+            print(text, flush=True, end="\n" if stream_end else "")
+
+
+class Session:
+    """A model, its cache, and the token ids whose keys and values the cache holds."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        recipe: Recipe | None,
+        reserve: int,
+        prefill: str | None,
+        file: Path | None,
+        chunk: int,
+        sampling: dict,
+        seed: int,
+    ):
+        self.model, self.tokenizer, self.chunk, self.sampling = model, tokenizer, chunk, sampling
+        self.cache = Cache.load(file, model, recipe) if file else Cache(model, recipe, reserve=reserve, prefill=prefill)
+        self.reserve, self.text = self.cache.reserve, ""
+        self.before = self.cache.get_seq_length()  # slots of a loaded cache, whose text is not known
+        self.stored: list[int] = []  # ids behind them
+        self.prompt_tokens = self.new_tokens = self.decoded = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+        torch.manual_seed(seed)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+
+    def attached(self, wanted: bool):
+        """The attention that reads packed pages, while the context is open."""
+        return attach(self.model) if wanted else nullcontext()
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt's ids; special tokens at the start of a text only."""
+        return self.tokenizer(text, add_special_tokens=self.before + len(self.stored) == 0)["input_ids"]
+
+    def turn(self, turns: list[dict[str, str]]) -> list[int]:
+        """The ids of a conversation that the cache does not hold yet. What it holds beyond the common beginning, as
+        where a template writes an old turn differently, is cropped."""
+        if self.tokenizer.chat_template is None or self.before:
+            rest = self.pending + self.encode(("\n" if self.stored else "") + turns[-1]["content"] + "\n")
+            return rest
+        ids = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+        same = next((i for i, (a, b) in enumerate(zip(self.stored, ids, strict=False)) if a != b), len(self.stored))
+        same = min(same, len(ids) - 1)
+        if same < len(self.stored):
+            self.cache.crop(same - len(self.stored))
+            self.stored = self.stored[:same]
+        return ids[same:]
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens written but not stored yet: the last one of a turn."""
+        return getattr(self, "_pending", [])
+
+    def write(self, ids: list[int], max_new_tokens: int, stream: bool) -> None:
+        """Read `ids` after what the cache holds, then generate."""
+        past, clock = self.before + len(self.stored), Clock(self.tokenizer, stream)
+        inputs = torch.tensor([ids], device=self.model.device)
+        options = {"prefill_chunk_size": self.chunk} if len(ids) > self.chunk else {}
+        self._given, self._clock = ids, clock
+        start = time.perf_counter()
+        self.model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones(1, past + len(ids), dtype=torch.long, device=self.model.device),
+            past_key_values=self.cache,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            pad_token_id=self._padding(),
+            **({"top_k": None, "top_p": None, "temperature": None} if not self.sampling["do_sample"] else {}),
+            **self.sampling,
+            **options,
+        )
+        self._account(start)
+
+    def interrupted(self) -> None:
+        """After Ctrl-C: what the cache holds counts, the rest of the turn does not."""
+        self._clock.end()
+        self._account(self._clock.times[0] if self._clock.times else time.perf_counter())
+
+    def _account(self, start: float) -> None:
+        clock = self._clock
+        written = self._given + clock.tokens
+        held = self.cache.get_seq_length() - self.before - len(self.stored)
+        self.stored, self._pending = self.stored + written[:held], written[held:]
+        self.text = self.tokenizer.decode(clock.tokens, skip_special_tokens=True)
+        self.prompt_tokens, self.new_tokens = self.prompt_tokens + len(self._given), self.new_tokens + len(clock.tokens)
+        if clock.times:
+            self.prefill_seconds += clock.times[0] - start
+            self.decode_seconds += clock.times[-1] - clock.times[0]
+            self.decoded += len(clock.times) - 1
+
+    def _padding(self) -> int | None:
+        config = self.model.generation_config
+        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        return end if config.pad_token_id is None else config.pad_token_id
+
+    def figures(self, attached: bool) -> dict:
+        """What the run took, as plain data."""
+        report, slots = self.cache.report(), self.cache.get_seq_length()
+        cuda = self.model.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.model.device) if cuda else _resident()
+        return {
+            "method": str(self.cache.recipe),
+            "recipe": self.cache.recipe.model_dump(mode="json"),
+            "attached": attached,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "cached_tokens": slots,
+            "reserve": self.reserve,
+            "reserve_exceeded": bool(self.reserve) and slots > self.reserve,
+            "cache": report.to_dict(),
+            "bits_per_element": report.bits_per_element,
+            "bytes": report.nbytes,
+            "bytes_16_bit_arithmetic": report.exact_bytes,
+            "prefill_tokens_per_second": self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None,
+            "decode_tokens_per_second": self.decoded / self.decode_seconds if self.decoded else None,
+            "peak_memory_bytes": peak,
+            "peak_memory_is": "CUDA allocations" if cuda else "resident set of the process",
+        }
+
+
+def _resident() -> int:
+    """The most memory that the process had resident, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sentences(figures: dict) -> list[str]:
+    """The figures for people."""
+    used = sum(figures["cache"]["used"].values())
+    ratio = figures["bytes_16_bit_arithmetic"] / figures["bytes"] if figures["bytes"] else 0
+    plain = size(figures["bytes_16_bit_arithmetic"])
+    speeds = [
+        f"{name} {figures[key]:.1f} tokens/s" if figures[key] else f"{name} not measured"
+        for name, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"))
+    ]
+    read, written, held = (figures[k] for k in ("prompt_tokens", "new_tokens", "cached_tokens"))
+    ours, bits = size(figures["bytes"]), figures["bits_per_element"]
+    lines = [
+        figures["method"],
+        f"  tokens   {read} read, {written} written, {held} in the cache",
+        f"  cache    {ours} allocated, {size(used)} used, {bits:.2f} bits per element",
+        f"  16-bit   {plain} for the same tokens, by arithmetic: {ratio:.2f} times ours",
+        f"  speed    {', '.join(speeds)}"
+        + ("" if figures["attached"] else " (not attached: pages are decoded each step)"),
+        f"  memory   {size(figures['peak_memory_bytes'])} at the peak ({figures['peak_memory_is']}, weights included)",
+    ]
+    if figures["reserve_exceeded"]:
+        lines.append(f"  reserve  {held} tokens are more than the {figures['reserve']} reserved: the cache grew")
+    return lines

@@ -1,0 +1,143 @@
+"""`kvist inspect`: what kvist would do with a model, from its config alone."""
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from kvist.cli.show import Json, dump, put, size, table
+
+LENGTHS = {"4K": 4096, "32K": 32768, "128K": 131072}
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="'kivi:2', 'kivi k=2 v=4', or a recipe's JSON file; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it would run: cpu or cuda.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """What kvist would do with a model: layers, heads, kernel, bytes. Reads the config, not the weights.
+
+    Example: kvist inspect meta-llama/Llama-3.1-8B --method kivi:2 --method int4
+    """
+    from kvist.cli.models import outline
+    from kvist.methods import parse
+    from kvist.models.adapter import describe
+
+    recipes = [parse(text) for text in method or ["kivi:2"]]
+    outlined = outline(model)
+    described = describe(outlined)
+    shape = described.shape
+    token = len(described.served) * shape.heads * (shape.key_dim + shape.value_dim)
+    data = {
+        "model": model,
+        "family": described.name,
+        "layers": len(described.kinds),
+        "served": described.served,
+        "not_served": _others(described.kinds, described.served),
+        "query_heads": described.query_heads,
+        "kv_heads": shape.heads,
+        "head_sizes": [shape.key_dim, shape.value_dim],
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "rotary": described.rotary,
+        "attention": outlined.config._attn_implementation,
+        "attach": _attaches(outlined),
+        "bytes_per_token_16_bit": 2 * token,
+        "methods": [_method(recipe, described, token, device) for recipe in recipes],
+    }
+    if json:
+        return dump(data)
+    _print(data)
+    return None
+
+
+def _others(kinds: tuple[str, ...], served: list[int]) -> dict[str, dict]:
+    """Layers that keep transformers' own cache, by kind, with the reason."""
+    counts = Counter(kind for i, kind in enumerate(kinds) if i not in served)
+    reasons = {"sliding_attention": "its window bounds its cache", "chunked_attention": "its chunk bounds its cache"}
+    return {
+        kind: {"layers": n, "why": reasons.get(kind, "it keeps no keys and values per token")}
+        for kind, n in counts.items()
+    }
+
+
+def _attaches(model) -> str:
+    """What attaching would do, tried on the outline."""
+    from kvist.attention import attach
+
+    try:
+        with attach(model) as attached:
+            if attached.before:
+                return "the attention that reads packed pages is switched on by name"
+        return "no switch needed: the handles answer scaled_dot_product_attention"
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def _method(recipe, described, token: int, device: str) -> dict:
+    plans = recipe.for_layers(len(described.served))
+    length = LENGTHS["32K"]
+    bills = {k: recipe.bill(described.shape, len(plans), n, reserve=n).total() for k, n in LENGTHS.items()}
+    for plan in plans:
+        for side, dim in zip(plan.sides, (described.shape.key_dim, described.shape.value_dim), strict=True):
+            side.codec.layout(described.shape.heads, dim, described.shape.dtype)
+    return {
+        "method": recipe.name,
+        "sentence": str(recipe),
+        "kernel": _kernel(plans, device),
+        "bytes_per_token": bills["32K"] / length,
+        "bytes": bills,
+        "bytes_16_bit": {k: 2 * token * n for k, n in LENGTHS.items()},
+    }
+
+
+def _kernel(plans, device: str) -> str:
+    """Which attention reads the packed pages, or why only the reference does."""
+    import torch
+
+    from kvist.kernels.choose import packed_attention
+
+    if not any(plan.packs for plan in plans):
+        return "none needed: nothing is packed, the model's own attention serves"
+    answers = Counter()
+    for plan in plans:
+        fast, reasons = packed_attention(plan.key.codec.traits, plan.value.codec.traits, torch.device(device))
+        function = getattr(fast, "func", fast)
+        answers[f"{function.__module__}.{function.__name__}" if fast else "reference; " + "; ".join(reasons)] += 1
+    if len(answers) == 1:
+        return next(iter(answers))
+    return "; ".join(f"{n} layers: {answer}" for answer, n in answers.items())
+
+
+def _print(data: dict) -> None:
+    facts = {
+        "family": data["family"],
+        "layers": f"{data['layers']}, of which kvist serves {len(data['served'])}",
+        **{
+            f"  {kind}": f"{o['layers']} stay with transformers' own cache: {o['why']}"
+            for kind, o in data["not_served"].items()
+        },
+        "heads": f"{data['query_heads']} query, {data['kv_heads']} KV",
+        "head size": f"{data['head_sizes'][0]} keys, {data['head_sizes'][1]} values",
+        "dtype": data["dtype"],
+        "rotary": data["rotary"],
+        "attention": f"{data['attention']}; {data['attach']}",
+        "16-bit cache": f"{size(data['bytes_per_token_16_bit'])} per token in the layers served",
+    }
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    for method in data["methods"]:
+        print(f"\n{method['sentence']}\n  kernel: {method['kernel']}")
+    made = table(
+        "Bytes, room reserved, one row",
+        *("method", "per token at 32K", *LENGTHS),
+        caption="Layers that kvist serves, sinks, windows and tables included; the 16-bit row is arithmetic.",
+    )
+    for method in data["methods"]:
+        made.add_row(method["method"], size(method["bytes_per_token"]), *(size(n) for n in method["bytes"].values()))
+    plain = data["methods"][0]["bytes_16_bit"]
+    made.add_row("16-bit", size(data["bytes_per_token_16_bit"]), *(size(n) for n in plain.values()))
+    put(made)

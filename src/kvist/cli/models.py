@@ -1,0 +1,60 @@
+"""A model by name or folder, or one sentence about why there is none."""
+
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def read_config(name: str):
+    """The config alone: quick, and enough to know a model's caches."""
+    from transformers import AutoConfig
+
+    return _checked(name, lambda: AutoConfig.from_pretrained(name))
+
+
+def outline(name: str):
+    """The model without its weights, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(name)
+    with torch.device("meta"):
+        return _checked(name, lambda: AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16))
+
+
+def load(name: str, device: str, dtype: str):
+    """The model, in evaluation mode, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r} cannot be used here: {_first(error)}") from None
+    read_config(name)
+    tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
+    return model.to(place).eval(), tokenizer
+
+
+def _checked(name: str, make):
+    path = Path(name)
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ValueError(f"expected a model's folder or its name on the Hugging Face Hub, found no folder at {name}")
+    if looks_local and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is no model: the folder has no config.json")
+    try:
+        return make()
+    except Exception as error:  # transformers, safetensors and the Hub's client raise many kinds for a bad model
+        raise ValueError(f"{name} cannot be read as a causal language model: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line), type(error).__name__)

@@ -1,0 +1,128 @@
+"""What attention allocates: nothing that grows with what is stored. Read from the profiler's allocation events."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaForCausalLM
+
+import kvist
+from cases import CASES, EACH, recipe
+from kvist.cache.view import View
+from models_tiny import llama_config, padded, sharpen, tiny_llama, tokens
+
+HEADS, QUERIES, DIM = 2, 8, 128
+SIXTEEN = 16 << 10
+
+
+def peak(work) -> int:
+    """Bytes that `work()` holds at its worst beyond what was held before."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    held = worst = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        worst = max(worst, held)
+    return worst
+
+
+def wide(text: str, layers: int, reserve: int = 0, **options) -> kvist.Cache:
+    """A cache of layers with 2 KV heads of 128, without the cost of a model that large."""
+    config = llama_config(layers, heads=QUERIES, kv_heads=HEADS, dim=DIM)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
+    return kvist.Cache(model, recipe(text, **options), reserve=reserve)
+
+
+def pair(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 1, HEADS, count, DIM)
+    return tuple(torch.randn(shape, generator=generator).bfloat16())
+
+
+def filled(text: str, count: int, layers: int = 1, **options) -> kvist.Cache:
+    """`count` random tokens, in updates of 2048."""
+    cache = wide(text, layers, reserve=count + 8192, **options)
+    for start in range(0, count, 2048):
+        keys, values = pair(min(2048, count - start), start)
+        for layer in range(layers):
+            cache.update(keys, values, layer)
+    return cache
+
+
+def step_bytes(cache: kvist.Cache) -> int:
+    """Transient bytes of one decode step of the first layer."""
+    query = torch.randn(1, QUERIES, 1, DIM).bfloat16()
+    keys, values = pair(1)
+    layer = cache.layers[0]
+
+    def step():
+        handle, _ = cache.update(keys, values, 0)
+        view = View.after(layer) if not hasattr(handle, "view") else handle.view
+        view.attend(query, DIM**-0.5)
+
+    return peak(step)
+
+
+PACKED = [text for text in EACH if text != "exact"]
+
+
+@pytest.mark.parametrize("text", PACKED)
+def test_decode_step_is_constant_in_the_context(text):
+    bound = max(1 << 20, 2 * HEADS * DIM * 2 * SIXTEEN // 20)
+    found = [step_bytes(filled(text, count)) for count in (SIXTEEN // 4, SIXTEEN)]
+    assert max(found) <= bound, f"{found} bytes at 4K and 16K, at most {bound}"
+
+
+@pytest.mark.parametrize("text", ["kivi:2", "logquant", "int8"])
+def test_prefill_chunk_does_not_grow_with_the_past(text):
+    """Two layers, a chunk of 512 after 8K and after 64K tokens: the attention over the past goes tile by tile."""
+    query = torch.randn(1, QUERIES, 512, DIM).bfloat16()
+    found = []
+    for past in (8 << 10, 64 << 10):
+        cache, keys_values = filled(text, past, layers=2), pair(512)
+
+        def chunk(cache=cache, keys_values=keys_values):
+            for layer in (0, 1):
+                handle, _ = cache.update(*keys_values, layer)
+                handle.view.attend(query, DIM**-0.5)
+
+        found.append(peak(chunk))
+    tables = cache.report().allocated["tables"]  # stored, and made anew at every update
+    assert found[1] <= found[0] + tables, f"{found} bytes after 8K and 64K tokens"
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_attached_decode_never_decodes_a_track(text, monkeypatch):
+    model, plan, inputs = tiny_llama(), recipe(text), padded([150, 120])
+    if not plan.layers[0].packs:
+        pytest.skip("nothing is packed")
+
+    def refuse(self, side):
+        raise AssertionError("a whole track was decoded")
+
+    monkeypatch.setattr(View, "dense", refuse)
+    with kvist.attach(model):
+        out = model.generate(**inputs, past_key_values=kvist.Cache(model, plan), max_new_tokens=40, do_sample=False)
+    assert out.shape == (2, 190)
+
+
+def test_not_attached_decodes_and_says_so(monkeypatch):
+    """The guard of the test above does catch a decoded track."""
+    model, calls, dense = tiny_llama(), [], View.dense
+    monkeypatch.setattr(View, "dense", lambda self, side: calls.append(side) or dense(self, side))
+    model.set_attn_implementation("eager")
+    try:
+        model.generate(tokens(1, 100), past_key_values=kvist.Cache(model, "kivi:2 recent=32"), max_new_tokens=3)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert calls
+
+
+def test_sharpened_weights_are_the_same_at_every_call():
+    first, second = (sharpen(LlamaForCausalLM(llama_config())) for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,125 @@
+"""The fast CPU kernels mean what the reference means."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvist.coding import AbsMax, Codec, Grouping, Slots, Table, Uniform
+from kvist.kernels.attend import attend
+from kvist.kernels.choose import encoder, packed_attention
+from kvist.methods.parts import per_channel, per_token
+
+pytest.importorskip("numba")
+CPU = torch.device("cpu")
+PAGE = 128
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    group=st.sampled_from([32, 64, 128, None]),
+    keys=st.booleans(),
+    dim=st.integers(1, 20).map(lambda n: 8 * n),
+    blocks=st.integers(1, 3),
+    exponent=st.integers(-12, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_encoder_gives_the_reference_to_the_bit(bits, group, keys, dim, blocks, exponent, seed):
+    codec = per_channel(bits, group or 32) if keys else per_token(bits, group)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, blocks * max(codec.granule, 8), dim, generator=generator) * 10.0**exponent
+    x[0, 0, :, 0] = 1.5  # a constant channel
+    x[1, 1] = 0.0  # a constant head
+    fast, _ = encoder(codec.traits, CPU)
+    expected = codec._reference(x)
+    found = fast(x)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def _pages(codec, x):
+    """Pools of shuffled pages and a table, from values (B, H, T, D) with T a multiple of the page."""
+    batch, _, tokens, _ = x.shape
+    count = tokens // PAGE
+    order = torch.randperm(batch * count).view(batch, count)
+    pools = {}
+    for name, array in codec.encode(x).items():
+        paged = array.unflatten(2, (count, -1)).transpose(1, 2)  # (B, pages, H, page/stride, …)
+        pool = torch.empty(batch * count, *paged.shape[2:], dtype=array.dtype)
+        pool[order] = paged
+        pools[name] = pool
+    return pools, order.int()
+
+
+@pytest.mark.parametrize("bits", [(2, 2), (1, 4), (3, 3), (4, 8)])
+@pytest.mark.parametrize("keys", [per_channel, per_token], ids=["keys-per-channel", "keys-per-token"])
+@pytest.mark.parametrize(("group", "dim"), [(32, 64), (64, 128), (32, 40), (128, 96)])
+def test_attention_over_pages_equals_attention_over_decoded_tokens(bits, keys, group, dim):
+    torch.manual_seed(bits[0] + group + dim)
+    key, value = keys(bits[0], group), per_token(bits[1], group)
+    batch, heads, kv_heads, queries, tokens = 3, 6, 2, 3, 4 * PAGE
+    k, v = (torch.randn(batch, kv_heads, tokens, dim) for _ in range(2))
+    (k_pool, k_table), (v_pool, v_table) = _pages(key, k), _pages(value, v)
+    limits = [tokens, 2 * PAGE + 37, 0]
+    skip = torch.rand(batch, tokens) < 0.1
+    q = torch.randn(batch, heads, queries, dim)
+    fast, reasons = packed_attention(key.traits, value.traits, CPU)
+    assert fast is not None, reasons
+    out, lse = fast(q, k_pool, v_pool, (k_table, v_table), limits, skip, PAGE, 0.3, None)
+    seen = (torch.arange(tokens) < torch.tensor(limits).unsqueeze(-1)) & ~skip
+    expected = attend(q, key.decode(key.encode(k)), value.decode(value.encode(v)), 0.3, seen[:, None, None])
+    # fp32 sums over 512 tokens in another order, an exponential good to 1e-6: hundreds of ulps are room enough
+    torch.testing.assert_close(out, expected.out, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(lse[:2], expected.lse[:2], rtol=1e-5, atol=1e-4)
+    assert (lse[2] == -torch.inf).all() and (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2])
+def test_attention_is_stable_at_extreme_scores(scale, softcap):
+    torch.manual_seed(0)
+    codec = per_token(8)
+    k, v = torch.randn(1, 1, 8 * PAGE, 64), torch.randn(1, 1, 8 * PAGE, 64)
+    (k_pool, k_table), (v_pool, v_table) = _pages(codec, k), _pages(codec, v)
+    q = torch.randn(1, 1, 1, 64)
+    fast, _ = packed_attention(codec.traits, codec.traits, CPU)
+    out, lse = fast(q, k_pool, v_pool, (k_table, v_table), [8 * PAGE], None, PAGE, scale, softcap)
+    expected = attend(q, codec.decode(codec.encode(k)), codec.decode(codec.encode(v)), scale, softcap=softcap)
+    torch.testing.assert_close(out, expected.out, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lse, expected.lse, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_change_the_result_beyond_rounding():
+    torch.manual_seed(0)
+    codec = per_token(4, 32)
+    k, v = torch.randn(1, 1, 64 * PAGE, 64), torch.randn(1, 1, 64 * PAGE, 64)
+    (k_pool, k_table), (v_pool, v_table) = _pages(codec, k), _pages(codec, v)
+    q = torch.randn(1, 4, 1, 64)
+    fast, _ = packed_attention(codec.traits, codec.traits, CPU)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(fast(q, k_pool, v_pool, (k_table, v_table), [64 * PAGE - 5], None, PAGE, 0.2, None))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0].out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, results[0].lse, rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_does_not_serve_is_named():
+    uniform = per_token(2, 32)
+    table = Codec(levels=Table(bits=1, points=(-0.5, 0.5)), grouping=Grouping(along="channels"))
+    symmetric = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), range=AbsMax())
+    sparse = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), outliers=Slots(slots=2))
+    for codec, word in ((table, "table"), (symmetric, "absmax"), (sparse, "outliers")):
+        for function, reasons in (packed_attention(codec.traits, uniform.traits, CPU), encoder(codec.traits, CPU)):
+            assert function is None
+            assert word in " ".join(reasons)
+    function, reasons = packed_attention(uniform.traits, per_channel(2, 32).traits, CPU)
+    assert function is None and "tokens" in reasons[0]
+    function, reasons = packed_attention(uniform.traits, uniform.traits, torch.device("cuda"))
+    assert function is None and "cuda" in reasons[0]

@@ -1,0 +1,112 @@
+"""What the README and the docs say is true: the catalogue, the links, the code, the tree."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+TREE = re.search(r"^```text\n(src/kvist/.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """dev/readme.py as a module."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "dev" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_tree() -> list[str]:
+    """Paths that the README's tree names, folders with a slash at the end, relative to the repository."""
+    folders, found = [], []
+    for line in TREE.splitlines():
+        name = line.split("  #")[0].rstrip()
+        depth = (len(name) - len(name.lstrip())) // 2
+        for part in name.split(", "):
+            path = "".join(folders[:depth]) + part.strip()
+            found.append(path)
+        if name.endswith("/"):
+            folders[depth:] = [name.strip()]
+    return found
+
+
+def test_the_catalogue_is_up_to_date(generator):
+    assert "<!-- generated: catalogue -->" in README
+    assert generator.render(README, only="generated: catalogue") == README, "run python dev/readme.py"
+
+
+def test_the_generator_sees_a_stale_catalogue(generator):
+    stale = README.replace("| [`kivi`]", "| [`other`]")
+    assert stale != README
+    assert generator.render(stale, only="generated: catalogue") == README
+
+
+def test_measured_tables_are_made_from_their_files(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    page = "<!-- measured: decode -->\nas it was\n<!-- /measured: decode -->\n"
+    assert generator.render(page) == page
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "decode.json").write_text(
+        '{"shape": "2 layers", "threads": 1, "machine": {"processor": "p", "capability": "c", "torch": "2", '
+        '"transformers": "5"}, "rows": [{"tokens": 4096, "contender": "kivi:2", "ms": 1.234, "ratio": 0.5}, '
+        '{"tokens": 4096, "contender": "hqq-2", "failed": "not installed"}]}'
+    )
+    made = generator.render(page)
+    assert "| `kivi:2` | 1.23 (0.50x) |" in made and "| `hqq-2` | failed |" in made and "as it was" not in made
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
+    assert links
+    local = [link.split("#")[0] for link in links if "://" not in link]
+    missing = [link for link in local if link and not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_compile(block):
+    compile(block, "README.md", "exec")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_block_on_the_bundled_model_runs(capsys):
+    (block,) = (block for block in BLOCKS if "kvist.demo" in block)
+    quick = block.replace("max_new_tokens=8", "max_new_tokens=2")
+    assert quick != block
+    scope = {}
+    exec(compile(quick, "README.md", "exec"), scope)
+    report = scope["cache"].report()
+    assert report.packed > 1000 and report.bits_per_element < 16
+    assert "bits per element" in capsys.readouterr().out
+
+
+def test_the_block_that_adds_a_method_makes_one():
+    from kvist.methods import entry, get, names, registry
+
+    (block,) = (block for block in BLOCKS if "@method" in block)
+    before = set(names())
+    exec(compile(block, "README.md", "exec"), {})
+    (name,) = set(names()) - before
+    try:
+        assert get(name, recent=64).layers[0].value.retention.size == 64
+        assert entry(name).paper
+    finally:
+        del registry.METHODS[name]
+
+
+def test_the_tree_names_what_exists_and_every_room():
+    named = in_tree()
+    assert len(named) > 20 and len(set(named)) == len(named)
+    for path in named:
+        where = ROOT / path
+        assert where.is_dir() if path.endswith("/") else where.is_file(), path
+    package = ROOT / "src" / "kvist"
+    rooms = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in package.rglob("*.py")}
+    assert rooms <= set(named), rooms - set(named)
