@@ -26,8 +26,8 @@ SHAPE = Geometry(8, 128, 128, torch.bfloat16)
 LENGTHS = {"4K": 4096, "128K": 131072}  # tokens
 DEMO = ("runs/demo.json", "out/demo/results.json")  # the first that exists
 DECODE = ("runs/decode.json",)
+ENCODE = ("runs/encode.json",)
 PICTURE = "docs/demo.png"
-RELEASED = {"kvmix": "bits per layer; uniform where none are given"}  # what a method takes that has no default of its own
 
 
 def catalogue() -> str:
@@ -43,8 +43,8 @@ def catalogue() -> str:
                 f"[`{name}`]({where})" if where else f"`{name}`",
                 _paper(recipe.paper),
                 *bits,
-                RELEASED.get(name, "nothing"),
-                inspect.getdoc(function).split("\n\n")[0].replace("\n", " ").replace("|", "\\|"),
+                ", ".join(sorted(getattr(recipe, "needs", ()))) or "nothing",
+                _first_sentence(inspect.getdoc(function)),
             ]
         )
     head = ["method", "paper", *(f"bits at {label}" for label in LENGTHS), "needs", "what it does"]
@@ -59,13 +59,18 @@ def demo() -> str | None:
     columns = {
         "method": lambda r: f"`{r['method']}`",
         "bits per element": lambda r: f"{r['bits_per_element']:.2f}",
-        "cache KiB": lambda r: f"{_first(r, 'nbytes', 'cache_bytes') / 1024:,.0f}",
-        "KL to exact": lambda r: f"{r['kl']:.4f}",
+        "cache KiB": lambda r: f"{r['nbytes'] / 1024:,.0f}",
+        "KL to exact, nats": lambda r: f"{r['kl']:.2g}",
         "answers right": lambda r: f"{r['right']} of {r['asked']}",
         "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
     }
-    rows = _first(found, "results", "rows") if isinstance(found, dict) else found
-    return _table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], "lrrrrr")
+    rows = [[cell(row) for cell in columns.values()] for row in found["results"]]
+    note = (
+        f"{found['questions']} questions about {found['documents']} documents of {found['shortest']} to "
+        f"{found['longest']} tokens, seed {found['seed']}; {_count(found['threads'], 'thread')}, "
+        f"torch {found['torch']}, transformers {found['transformers']}."
+    )
+    return f"{note}\n\n{_table(list(columns), rows, 'lrrrrr')}\n\n{found['caption']}"
 
 
 def decode() -> str | None:
@@ -75,18 +80,39 @@ def decode() -> str | None:
         return None
     lengths = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
     cells: dict[str, dict[int, str]] = {}
+    room: dict[str, str] = {}
     for row in found["rows"]:
-        text = "failed" if "failed" in row else f"{row['ms']:.2f} ({row['ratio']:.2f}x)"
+        text = "failed" if "failed" in row else f"{row['median ms']:.2f} ({row['x dynamic']:.2f}x)"
         cells.setdefault(row["contender"], {})[row["tokens"]] = text
-    head = ["contender", *(f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths)]
-    rows = [[f"`{name}`", *(at.get(n, "") for n in lengths)] for name, at in cells.items()]
-    machine = found["machine"]
-    note = (
-        f"Milliseconds per decode step, median, and the ratio to `dynamic`. {found['shape']}; {found['threads']} "
-        f"thread{'s' * (found['threads'] != 1)}, {machine['processor']} ({machine['capability']}), torch "
-        f"{machine['torch']}, transformers {machine['transformers']}."
-    )
-    return f"{note}\n\n{_table(head, rows, 'l' + 'r' * len(lengths))}"
+        if row["tokens"] == lengths[-1] and "failed" not in row:
+            room[row["contender"]] = f"{row['cache MiB']:.1f}"
+    labels = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
+    head = ["contender", *labels, f"cache MiB at {labels[-1]}"]
+    rows = [[f"`{name}`", *(at.get(n, "") for n in lengths), room.get(name, "")] for name, at in cells.items()]
+    note = f"{found['title']}. Median ms, and the ratio to `dynamic`. {_machine(found['machine'])}"
+    return f"{note}\n\n{_table(head, rows, 'l' + 'r' * (len(head) - 1))}"
+
+
+def encode() -> str | None:
+    """The encode benchmark's table: one row per method and side."""
+    found = _read(ENCODE)
+    if found is None:
+        return None
+    columns = {
+        "method": "method",
+        "side": "side",
+        "MB/s of input": "MB/s",
+        "ratio to a copy": "x copy",
+        "page, µs": "page us",
+    }
+    digits = {"MB/s": 0, "x copy": 3, "page us": 0}
+    rows = [
+        [f"{row[key]:,.{digits[key]}f}" if key in digits else str(row[key]) for key in columns.values()]
+        for row in found["rows"]
+    ]
+    copied = f"A copy of the same bytes runs at {found['copy MB/s']:,.0f} MB/s."
+    note = f"{found['title']}. {copied} {_machine(found['machine'])}"
+    return f"{note}\n\n{_table(list(columns), rows, 'llrrr')}"
 
 
 def picture() -> str | None:
@@ -101,6 +127,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "measured: picture": picture,
     "measured: demo": demo,
     "measured: decode": decode,
+    "measured: encode": encode,
 }
 
 
@@ -140,6 +167,12 @@ def _paper(paper: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
 
 
+def _first_sentence(text: str) -> str:
+    words = " ".join(text.split())
+    end = words.find(". ")
+    return (words if end < 0 else words[: end + 1]).replace("|", "\\|")
+
+
 def _table(head: list[str], rows: list[list[str]], align: str) -> str:
     rule = [{"l": ":--", "r": "--:"}[a] for a in align]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
@@ -150,9 +183,15 @@ def _read(candidates: tuple[str, ...]):
     return None if path is None else json.loads(path.read_text())
 
 
-def _first(row: dict, *keys: str):
-    """The value under the first of `keys` that is there."""
-    return next(row[key] for key in keys if key in row)
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _machine(found: dict) -> str:
+    return (
+        f"{found['processor']} ({found['capability']}), {_count(found['threads'], 'thread')}, "
+        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}."
+    )
 
 
 if __name__ == "__main__":

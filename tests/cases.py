@@ -20,7 +20,7 @@ SMALL = [
     "kivi:2 recent=48 values=block sinks=5",
     "kivi:2 recent=40 sinks=3",
     "streaming window=32",
-    "partial-streaming window=32 sinks=3",
+    "partial-streaming window=40 sinks=3",
     "logquant window=32",
     "logquant window=40 sinks=2 k=4",
     "partial-logquant window=32",

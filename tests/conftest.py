@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-with warnings.catch_warnings():  # of the libraries that transformers pulls in where they are installed; not ours to mend
+with (
+    warnings.catch_warnings()
+):  # of the libraries that transformers pulls in where they are installed; not ours to mend
     warnings.simplefilter("ignore")
     import transformers.cache_utils  # noqa: F401
 
@@ -53,7 +55,10 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def uninitialised_is_nan():
     """`torch.empty` gives NaN (or the largest integer), so that reading room nobody wrote to shows."""
-    deterministic, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic, fills = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

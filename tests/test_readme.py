@@ -1,6 +1,7 @@
 """What the README and the docs say is true: the catalogue, the links, the code, the tree."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCKS = PYTHON.findall(README)
 TREE = re.search(r"^```text\n(src/kvist/.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
 
 
@@ -53,12 +55,27 @@ def test_measured_tables_are_made_from_their_files(generator, tmp_path, monkeypa
     assert generator.render(page) == page
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "decode.json").write_text(
-        '{"shape": "2 layers", "threads": 1, "machine": {"processor": "p", "capability": "c", "torch": "2", '
-        '"transformers": "5"}, "rows": [{"tokens": 4096, "contender": "kivi:2", "ms": 1.234, "ratio": 0.5}, '
-        '{"tokens": 4096, "contender": "hqq-2", "failed": "not installed"}]}'
+        '{"title": "One step", "machine": {"processor": "p", "capability": "c", "threads": 1, "python": "3", '
+        '"torch": "2", "transformers": "5"}, "rows": [{"tokens": 4096, "contender": "kvist kivi:2", '
+        '"median ms": 1.234, "x dynamic": 0.5, "cache MiB": 2.0}, '
+        '{"tokens": 4096, "contender": "hqq:2", "failed": "not installed"}]}'
     )
     made = generator.render(page)
-    assert "| `kivi:2` | 1.23 (0.50x) |" in made and "| `hqq-2` | failed |" in made and "as it was" not in made
+    assert "| `kvist kivi:2` | 1.23 (0.50x) | 2.0 |" in made
+    assert "| `hqq:2` | failed |" in made and "as it was" not in made
+
+
+def test_the_demo_table_is_made_from_what_the_demo_writes(generator, tmp_path, monkeypatch):
+    from kvist.demo.documents import Document
+    from kvist.demo.measure import Result
+    from kvist.demo.outcome import summary
+
+    result = Result("kivi:2", "a sentence", {}, bits_per_element=5.25, nbytes=2048.0, kl=0.125, right=3, asked=4)
+    data = summary([Document("text", (0, 5, 6), ())], [result], seed=0)
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    (tmp_path / "out" / "demo").mkdir(parents=True)
+    (tmp_path / "out" / "demo" / "results.json").write_text(json.dumps(data))
+    assert "| `kivi:2` | 5.25 | 2 | 0.12 | 3 of 4 | 0 |" in generator.demo()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -70,9 +87,12 @@ def test_relative_links_resolve(page):
     assert not missing
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_blocks_compile(block):
-    compile(block, "README.md", "exec")
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_compile(page):
+    blocks = PYTHON.findall((ROOT / page).read_text())
+    assert len(blocks) >= {"README.md": 3, "docs/start.md": 2, "docs/add-a-method.md": 1}.get(page, 0)
+    for block in blocks:
+        compile(block, page, "exec")
 
 
 @pytest.mark.filterwarnings("default")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import CASES, recipe
+from models_tiny import tiny_llama, unpadded
 
 import kvist
-from cases import CASES, recipe
 from kvist.types import Geometry
-from models_tiny import tiny_llama, unpadded
 
 SHAPE = Geometry(2, 40, 40, torch.float32)
 LENGTHS = (20, 133, 700)

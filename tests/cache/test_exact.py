@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models_tiny import padded, tiny_llama, tokens, unpadded
 from transformers import DynamicCache
 
 import kvist
-from models_tiny import padded, tiny_llama, tokens, unpadded
 
 INPUTS = {"unpadded": unpadded(2, 150), "one row": unpadded(1, 90), "left-padded": padded([150, 97, 12])}
 
@@ -34,7 +34,12 @@ def test_attached_is_bit_identical_too():
         cache = kvist.Cache(model, "exact") if attached else DynamicCache(config=model.config)
         attachment = kvist.attach(model) if attached else None
         out = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=20,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         if attachment:
             attachment.close()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-import kvist
 from cases import CASES, EACH, recipe
 from models_tiny import padded, tiny_llama, unpadded
 from oracle import OracleCache
-from shadow import WAYS, Shadow, agree, compare, generating
+from shadow import ROUGH, WAYS, Shadow, agree, compare, generating
+
+import kvist
 
 NEW = 40
 
@@ -90,6 +90,6 @@ def test_turns_of_generate_on_one_cache(text):
         cache = Shadow(model, plan)
         with kvist.attach(model):
             found = talk(model, cache)
-        wanted, rough = (talk(model, OracleCache(plan, 2, bits=bits)) for bits in (None, 16))
+        wanted, rough = (talk(model, OracleCache(plan, 2, bits=bits)) for bits in (None, ROUGH))
     agree(found, wanted, rough)
     assert cache.get_seq_length() == 140 + 20 + 45 + 19

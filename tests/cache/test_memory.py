@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from cases import CASES, EACH, recipe
+from models_tiny import llama_config, padded, sharpen, tiny_llama, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import kvist
-from cases import CASES, EACH, recipe
 from kvist.cache.view import View
-from models_tiny import llama_config, padded, sharpen, tiny_llama, tokens
 
 HEADS, QUERIES, DIM = 2, 8, 128
 SIXTEEN = 16 << 10

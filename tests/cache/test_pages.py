@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-
-import kvist
 from cases import EACH, recipe
 from models_tiny import tiny_llama
+
+import kvist
 
 PACKED = [text for text in EACH if text != "exact"]
 
@@ -42,7 +42,9 @@ def test_full_pages_are_never_written_again(text):
     tracks = cache.layers[0].tracks
     watched = full_pages(cache)
     assert watched
-    steps = [lambda seed=seed, count=count: feed(cache, 3, count, seed) for seed, count in enumerate((1, 70, 33, 200, 1))]
+    steps = [
+        lambda seed=seed, count=count: feed(cache, 3, count, seed) for seed, count in enumerate((1, 70, 33, 200, 1))
+    ]
     steps[2:2] = [lambda: cache.reorder_cache(torch.tensor([1, 1, 2])), lambda: cache.crop(-20)]
     for step in steps:
         step()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import kvist
 from cases import recipe
 from models_tiny import padded, tiny_llama, tokens, unpadded
+
+import kvist
 
 
 @pytest.fixture

@@ -110,6 +110,7 @@ class Layer(CacheLayerMixin):
                 source = track.exact.get(rows, start, frontier)
                 track.pack(rows, decided, frontier, source, [self.maps[r] for r in rows], settled=True)
         self._fit(self._waiting(), shrink=True)
+        self._changed()  # pins and frontiers moved: the skip mask is out of date
 
     def _append(self, keys: Tensor, values: Tensor, columns: list, counts: list[int]) -> None:
         sinks, maps = self.plan.sinks, self.maps

@@ -6,13 +6,14 @@ with the context; only `dense`, the way for strangers, builds the whole tensor.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvist.kernels.attend import Partial, attend, merge
+from kvist.cache.look import QUERIES, Look, attend_tiled
+from kvist.cache.loose import Loose
+from kvist.kernels.attend import Partial, merge
 from kvist.kernels.choose import packed_attention
 from kvist.types import HOLD
 
@@ -21,34 +22,6 @@ if TYPE_CHECKING:
 
 CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in a decode step
 PROMPT_TILE = 1 << 18
-QUERIES = 512  # query rows that are scored at a time
-
-
-class Loose(NamedTuple):
-    """Exact tokens in any order, with the span where only one side is packed (that side decoded).
-
-    keys, values (B, H, N, D); tokens (B, N) int64: the number of each token in its row, -1 for nothing.
-    """
-
-    keys: Tensor
-    values: Tensor
-    tokens: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer) -> Loose:
-        ring = _ring_tokens(layer)
-        parts = [(layer.key.exact.ring, layer.value.exact.ring, ring)]
-        odd = [_odd(layer, row) for row in range(layer.batch_size)]
-        if any(odd):
-            parts.append(_fetched(layer, odd))
-        if layer.plan.sinks:
-            numbers = torch.arange(layer.plan.sinks, device=layer.device)
-            lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
-            parts.append((layer.key.exact.sinks, layer.value.exact.sinks, torch.where(numbers < lengths, numbers, -1)))
-        keys, values, tokens = (list(x) for x in zip(*parts, strict=True))
-        tokens = torch.cat(tokens, 1)
-        values = torch.cat(values, 2).masked_fill_((tokens < 0)[:, None, :, None], 0)  # unused room may hold anything
-        return cls(keys[0] if len(keys) == 1 else torch.cat(keys, 2), values, tokens)
 
 
 class View:
@@ -90,8 +63,6 @@ class View:
             self._loose = Loose.of(self.layer)
         return self._loose
 
-    # ------------------------------------------------------------------ attention
-
     def attend(
         self,
         query: Tensor,
@@ -110,8 +81,8 @@ class View:
         """
         loose, q = self.loose, query.float()
         horizon = self._horizon(query.shape[2]) if causal and query.shape[2] > 1 else None
-        look = Look(scale, softcap, mask, horizon, self)
-        partials = [self._loose_part(q, loose, look)]
+        look = Look(scale, softcap, mask, horizon, self.rows, self.slots, self.lengths)
+        partials = [attend_tiled(q, loose.keys, loose.values, loose.tokens, look)]
         if any(self.limits):
             partials.append(self._packed_part(q, look))
         if self.chunk is not None:
@@ -131,14 +102,11 @@ class View:
         ends = [torch.searchsorted(self.rows.slot_of(row, self.device), queried, right=True) for row in rows]
         return torch.stack(ends) - 1
 
-    def _loose_part(self, q: Tensor, loose: Loose, look: Look) -> Partial:
-        return _tiled(q, loose.keys, loose.values, partial(look.at, loose.tokens), look)
-
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
         key, value = self.layer.key, self.layer.value
         q = key.codec.transform.forward(q)
         fast, _ = packed_attention(key.codec.traits, value.codec.traits, self.device)
-        if fast is not None and look.plain(self) and q.shape[2] <= HOLD:
+        if fast is not None and look.plain(self.chunk is not None) and q.shape[2] <= HOLD:
             tables = tuple(track.pool.table(self.layer.table_width(track)) for track in self.layer.tracks)
             arrays = (key.pool.arrays, value.pool.arrays)
             part = fast(q, *arrays, tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
@@ -150,7 +118,7 @@ class View:
         """The reference: decode some pages, attend, merge."""
         running = None
         for keys, values, tokens in self._tiles(q.shape[2]):
-            part = _tiled(q, keys, values, partial(look.at, tokens), look)
+            part = attend_tiled(q, keys, values, tokens, look)
             running = part if running is None else merge([running, part])
         return running
 
@@ -196,18 +164,12 @@ class View:
                 tokens[row, offset : offset + count] = torch.arange(first, first + count, device=self.device)
                 first += count
         out, lse = torch.zeros(*q.shape[:3], values.shape[-1], device=self.device), q.new_full(q.shape[:3], -torch.inf)
-        causal = look.horizon is not None
-        for start in range(
-            0, keys.shape[2], QUERIES
-        ):  # causal: a key is seen by the queries of its own column and after
-            stop, first = start + QUERIES, start if causal else 0
-            part = [x[:, :, start:stop] for x in (keys, values)]
-            seen = partial(look.at, tokens[:, start:stop], shift=first)
-            new = _tiled(q[:, :, first:], *part, seen, look)
+        for start in range(0, keys.shape[2], QUERIES):
+            part = slice(start, start + QUERIES)
+            first = start if look.horizon is not None else 0  # causal: seen by the queries of its own column and after
+            new = attend_tiled(q[:, :, first:], keys[:, :, part], values[:, :, part], tokens[:, part], look, first)
             out[:, :, first:], lse[:, :, first:] = merge([Partial(out[:, :, first:], lse[:, :, first:]), new])
         return Partial(out, lse)
-
-    # ------------------------------------------------------------------ dense
 
     def dense(self, side: int) -> Tensor:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
@@ -236,88 +198,3 @@ class View:
             if not self.rows.dense(self.slots):
                 where = self.rows.slot_of(row, self.device)[where]
             out[row, :, where] = x[row, :, real].to(out.dtype)
-
-
-class Look(NamedTuple):
-    """How scores become weights: scale, soft cap, and who sees whom."""
-
-    scale: float
-    softcap: float | None
-    mask: Tensor | None
-    horizon: Tensor | None
-    view: View
-
-    def plain(self, view: View) -> bool:
-        """Whether every query sees every packed token."""
-        if self.horizon is not None and view.chunk is None and self.horizon.shape[1] > HOLD:
-            return False
-        if self.mask is None:
-            return True
-        if self.mask.device.type != "cpu" or self.mask.dtype != torch.bool:
-            return False
-        return all(self.at_slots(self.mask, row).all() for row in range(len(view.lengths)))
-
-    def at_slots(self, mask: Tensor, row: int) -> Tensor:
-        slots = self.view.rows.slot_of(row, mask.device)[: self.view.lengths[row]]
-        return mask[min(row, mask.shape[0] - 1)][..., slots]
-
-    def at(self, tokens: Tensor, first: int, last: int, shift: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Visibility (B, 1 or Hq, m, N) and bias or None, of tokens (B, N) for queries [first, last) + shift."""
-        first, last = first + shift, last + shift
-        seen = (tokens >= 0)[:, None, None, :]
-        if self.horizon is not None:
-            seen = seen & (tokens[:, None, :] <= self.horizon[:, first:last, None]).unsqueeze(1)
-        if self.mask is None:
-            return seen, None
-        rows = self.view.rows
-        if rows.dense(self.view.slots):
-            slots = tokens.clamp_min(0)
-        else:
-            slots = torch.stack([rows.slot_of(r, tokens.device)[t.clamp_min(0)] for r, t in enumerate(tokens)])
-        mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., first:last, :]
-        index = slots[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-        picked = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, index)
-        return (seen & picked, None) if picked.dtype == torch.bool else (seen, picked.float())
-
-
-def _tiled(q: Tensor, keys: Tensor, values: Tensor, look_at, look: Look) -> Partial:
-    """Attention with the query rows taken a few at a time."""
-    if q.shape[2] <= QUERIES:
-        visible, bias = look_at(0, q.shape[2])
-        return attend(q, keys, values, look.scale, visible, bias, look.softcap)
-    parts = []
-    for first in range(0, q.shape[2], QUERIES):
-        last = min(first + QUERIES, q.shape[2])
-        visible, bias = look_at(first, last)
-        parts.append(attend(q[:, :, first:last], keys, values, look.scale, visible, bias, look.softcap))
-    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
-
-
-def _ring_tokens(layer: Layer) -> Tensor:
-    """Token numbers in the slots of the rings, (B, capacity); -1 where the slot holds none that both sides keep."""
-    capacity, sinks = layer.key.exact.capacity, layer.plan.sinks
-    slots = torch.arange(capacity, device=layer.device)
-    behind = torch.tensor([layer.behind(r) for r in range(layer.batch_size)], device=layer.device).unsqueeze(-1)
-    from_ = [max(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
-    positions = behind - 1 - (behind - 1 - slots) % capacity
-    return torch.where(positions >= torch.tensor(from_, device=layer.device).unsqueeze(-1), positions + sinks, -1)
-
-
-def _odd(layer: Layer, row: int) -> list[int]:
-    """Positions that are neither packed on both sides nor recent on both: pins, and the span between the frontiers."""
-    low, high = sorted(track.states[row].frontier for track in layer.tracks)
-    pins = {p for track in layer.tracks for p in track.exact.pins[row] if p < low}
-    return [*sorted(pins), *range(low, high)]
-
-
-def _fetched(layer: Layer, odd: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    most = max(map(len, odd))
-    tokens = torch.full((len(odd), most), -1, device=layer.device)
-    sides = []
-    for track in layer.tracks:
-        side = track.exact.ring.new_zeros(len(odd), layer.shape.heads, most, track.dim)
-        for row, positions in enumerate(odd):
-            side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
-            tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
-        sides.append(side)
-    return *sides, tokens

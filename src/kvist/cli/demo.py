@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from kvist.cli.methods import options
 from kvist.cli.show import Json, console, dump, put, table
 
-VARIANTS = ("kivi:4", "hadamard:2")  # beside every method at its defaults
+VARIANTS = ("hadamard:2", "kivi:4")  # beside every method at its defaults
 
 
 def demo(
@@ -25,8 +26,7 @@ def demo(
     """
     from kvist.methods import names, parse
 
-    every = ["exact", *(name for name in names() if name != "exact"), *VARIANTS]
-    texts = list(dict.fromkeys(["exact", *method] if method else every))
+    texts = list(dict.fromkeys(["exact", *(method or sorted([*map(_with_bits, names()), *VARIANTS]))]))
     recipes = [(text, parse(text)) for text in texts]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is a folder, found a file at {out}")
@@ -46,6 +46,12 @@ def demo(
     put(_table(data))
     print("\n".join(f"wrote {file}" for file in files))
     return None
+
+
+def _with_bits(name: str) -> str:
+    """A method at its defaults, with its bits in the name where they are an option."""
+    bits = options(name).get("bits")
+    return f"{name}:{bits}" if bits else name
 
 
 def _with_progress(steps: int, work):

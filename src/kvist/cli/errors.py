@@ -31,8 +31,8 @@ def _explain(error: Exception) -> None:
     """Print and exit for errors that a user can mend; return for all others, help and exits among them."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return
-    if hasattr(error, "format_message"):  # unknown commands and options, missing arguments
-        sentence = error.format_message()
+    if words := getattr(error, "format_message", None):  # unknown commands and options, missing arguments
+        sentence = words()
     elif isinstance(error, ValueError | OSError | ModuleNotFoundError) and not isinstance(error, BrokenPipeError):
         sentence = str(error)
     else:

@@ -1,6 +1,5 @@
 """Generation over one living cache: streaming, clocks, and figures at the end."""
 
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -13,6 +12,8 @@ from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.cli.show import size
 from kvist.plan import Recipe
+
+DEFAULT = "kivi:2"
 
 
 class Clock(TextStreamer):
@@ -49,10 +50,14 @@ class Session:
         seed: int,
     ):
         self.model, self.tokenizer, self.chunk, self.sampling = model, tokenizer, chunk, sampling
-        self.cache = Cache.load(file, model, recipe) if file else Cache(model, recipe, reserve=reserve, prefill=prefill)
+        if file:
+            self.cache = Cache.load(file, model, recipe)
+        else:
+            self.cache = Cache(model, recipe or DEFAULT, reserve=reserve, prefill=prefill)
         self.reserve, self.text = self.cache.reserve, ""
         self.before = self.cache.get_seq_length()  # slots of a loaded cache, whose text is not known
         self.stored: list[int] = []  # ids behind them
+        self.pending: list[int] = []  # written but not stored yet: the last token of a turn
         self.prompt_tokens = self.new_tokens = self.decoded = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         torch.manual_seed(seed)
@@ -71,8 +76,7 @@ class Session:
         """The ids of a conversation that the cache does not hold yet. What it holds beyond the common beginning, as
         where a template writes an old turn differently, is cropped."""
         if self.tokenizer.chat_template is None or self.before:
-            rest = self.pending + self.encode(("\n" if self.stored else "") + turns[-1]["content"] + "\n")
-            return rest
+            return self.pending + self.encode(("\n" if self.stored else "") + turns[-1]["content"] + "\n")
         ids = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
         same = next((i for i, (a, b) in enumerate(zip(self.stored, ids, strict=False)) if a != b), len(self.stored))
         same = min(same, len(ids) - 1)
@@ -81,18 +85,12 @@ class Session:
             self.stored = self.stored[:same]
         return ids[same:]
 
-    @property
-    def pending(self) -> list[int]:
-        """Tokens written but not stored yet: the last one of a turn."""
-        return getattr(self, "_pending", [])
-
     def write(self, ids: list[int], max_new_tokens: int, stream: bool) -> None:
         """Read `ids` after what the cache holds, then generate."""
         past, clock = self.before + len(self.stored), Clock(self.tokenizer, stream)
         inputs = torch.tensor([ids], device=self.model.device)
         options = {"prefill_chunk_size": self.chunk} if len(ids) > self.chunk else {}
-        self._given, self._clock = ids, clock
-        start = time.perf_counter()
+        self._given, self._clock, self._start = ids, clock, time.perf_counter()
         self.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones(1, past + len(ids), dtype=torch.long, device=self.model.device),
@@ -104,22 +102,22 @@ class Session:
             **self.sampling,
             **options,
         )
-        self._account(start)
+        self._account()
 
     def interrupted(self) -> None:
         """After Ctrl-C: what the cache holds counts, the rest of the turn does not."""
         self._clock.end()
-        self._account(self._clock.times[0] if self._clock.times else time.perf_counter())
+        self._account()
 
-    def _account(self, start: float) -> None:
+    def _account(self) -> None:
         clock = self._clock
         written = self._given + clock.tokens
         held = self.cache.get_seq_length() - self.before - len(self.stored)
-        self.stored, self._pending = self.stored + written[:held], written[held:]
+        self.stored, self.pending = self.stored + written[:held], written[held:]
         self.text = self.tokenizer.decode(clock.tokens, skip_special_tokens=True)
         self.prompt_tokens, self.new_tokens = self.prompt_tokens + len(self._given), self.new_tokens + len(clock.tokens)
         if clock.times:
-            self.prefill_seconds += clock.times[0] - start
+            self.prefill_seconds += clock.times[0] - self._start
             self.decode_seconds += clock.times[-1] - clock.times[0]
             self.decoded += len(clock.times) - 1
 
@@ -153,8 +151,12 @@ class Session:
         }
 
 
-def _resident() -> int:
-    """The most memory that the process had resident, in bytes."""
+def _resident() -> int | None:
+    """The most memory that the process had resident, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -173,11 +175,19 @@ def sentences(figures: dict) -> list[str]:
         figures["method"],
         f"  tokens   {read} read, {written} written, {held} in the cache",
         f"  cache    {ours} allocated, {size(used)} used, {bits:.2f} bits per element",
-        f"  16-bit   {plain} for the same tokens, by arithmetic: {ratio:.2f} times ours",
+        f"  16-bit   {plain} for the same tokens, by arithmetic; {_compared(ratio)}",
         f"  speed    {', '.join(speeds)}"
         + ("" if figures["attached"] else " (not attached: pages are decoded each step)"),
-        f"  memory   {size(figures['peak_memory_bytes'])} at the peak ({figures['peak_memory_is']}, weights included)",
     ]
+    if figures["peak_memory_bytes"]:
+        peak = size(figures["peak_memory_bytes"])
+        lines.append(f"  memory   {peak} at the peak ({figures['peak_memory_is']}, weights included)")
     if figures["reserve_exceeded"]:
         lines.append(f"  reserve  {held} tokens are more than the {figures['reserve']} reserved: the cache grew")
     return lines
+
+
+def _compared(ratio: float) -> str:
+    if ratio >= 1:
+        return f"ours is {ratio:.2f} times smaller"
+    return "ours is larger: its windows and pages have room for more tokens than these"

@@ -106,7 +106,7 @@ def _kernel(plans, device: str) -> str:
     for plan in plans:
         fast, reasons = packed_attention(plan.key.codec.traits, plan.value.codec.traits, torch.device(device))
         function = getattr(fast, "func", fast)
-        answers[f"{function.__module__}.{function.__name__}" if fast else "reference; " + "; ".join(reasons)] += 1
+        answers[f"{function.__module__}.{function.__name__}" if function else "reference; " + "; ".join(reasons)] += 1
     if len(answers) == 1:
         return next(iter(answers))
     return "; ".join(f"{n} layers: {answer}" for answer, n in answers.items())

@@ -7,8 +7,10 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 def read_config(name: str):
     """The config alone: quick, and enough to know a model's caches."""
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers import AutoConfig
 
+    set_verbosity_error()  # its retries are not the one sentence that a wrong name deserves
     return _checked(name, lambda: AutoConfig.from_pretrained(name))
 
 
@@ -40,7 +42,9 @@ def load(name: str, device: str, dtype: str):
     tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
-    return model.to(place).eval(), tokenizer
+    model.eval()
+    torch.nn.Module.to(model, place)
+    return model, tokenizer
 
 
 def _checked(name: str, make):

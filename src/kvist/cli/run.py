@@ -65,9 +65,9 @@ def run(
         raise ValueError(f"expected a cache written by --save-cache at {load_cache}, found no file")
     if save_cache and not save_cache.parent.is_dir():
         raise ValueError(f"expected a folder to write {save_cache.name} into, found none at {save_cache.parent}")
-    recipe = parse(method) if method or not load_cache else None
-    text = _read(prompt_file) if prompt_file else prompt
-    if text == "":
+    recipe = None if method is None else parse(method)
+    text = _read(prompt_file) if prompt_file else prompt or ""
+    if not text and not chat:
         raise ValueError("the prompt is empty; give it some text")
 
     from kvist.cli.generate import Session

@@ -16,9 +16,9 @@ TABLE_LINES = 24  # the model looks a word up best where the table ends the docu
 CITIES = ("Paris", "Oslo", "Lima", "Kyoto", "Boston", "Cairo", "London", "Rome", "Madrid", "Berlin", "Vienna", "Athens")
 # fmt: off
 WORDS = (
-    "stone", "window", "river", "garden", "silver", "market", "candle", "forest", "bridge", "winter", "summer", "letter",
-    "bottle", "basket", "copper", "village", "mountain", "orange", "ladder", "pencil", "island", "mirror", "pocket",
-    "needle", "harbor", "saddle", "feather", "kitchen", "shadow", "thunder", "velvet", "wagon",
+    "stone", "window", "river", "garden", "silver", "market", "candle", "forest", "bridge", "winter", "summer",
+    "letter", "bottle", "basket", "copper", "village", "mountain", "orange", "ladder", "pencil", "island", "mirror", 
+    "pocket", "needle", "harbor", "saddle", "feather", "kitchen", "shadow", "thunder", "velvet", "wagon",
 )
 # fmt: on
 

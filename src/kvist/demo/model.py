@@ -1,11 +1,12 @@
 """The small model that comes with kvist: our own weights, in the wheel."""
 
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).with_name("kvist-6m")
 
 
-def load(dtype: str = "bfloat16"):
+def load(dtype: str = "bfloat16") -> tuple[Any, Any]:
     """The bundled model, in evaluation mode, and its tokenizer. Nothing is downloaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

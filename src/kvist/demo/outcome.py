@@ -16,10 +16,11 @@ from kvist.demo.measure import ROOM, SPEED_TOKENS, Result
 CAPTION = (
     "Model kvist-6m (ours, in the wheel) in bf16 on the CPU, so that an exact number takes 16 bits. Bits per element "
     "and KiB: allocated, measured from the tensors after each document, mean; windows, tables and room for "
-    f"{ROOM} more tokens included. KL: mean over the answers' tokens, the answer given. Right: each token of the answer "
-    "is the model's first choice. tokens/s: one row, attention on packed pages, median of "
-    f"{SPEED_TOKENS} decode steps after the first document."
+    f"{ROOM} more tokens included. KL: mean over the answers' tokens, the answer given. Right: each token of the "
+    "answer is the model's first choice. tokens/s: one row, attention on packed pages, median of "
+    f"{SPEED_TOKENS} decode steps after each document."
 )
+MARKERS = "osD^vPX<>*hp"
 
 
 def summary(documents: list[Document], results: list[Result], seed: int) -> dict:
@@ -67,86 +68,33 @@ def _whole(path: Path, fill) -> None:
 
 
 def draw(data: dict, path: Path) -> None:
-    """Share of answers right, and KL divergence, against the cache's size."""
+    """Share of answers right, and KL divergence, against the cache's size; one legend, in the order of size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    rows = data["results"]
+    rows = sorted(data["results"], key=lambda row: row["nbytes"])
     floor = min((row["kl"] for row in rows if row["kl"] > 0), default=1e-3) / 4
-    share = [(row["nbytes"] / 1024, 100 * row["right"] / row["asked"], row["method"]) for row in rows]
-    nats = [(row["nbytes"] / 1024, max(row["kl"], floor), row["method"]) for row in rows]
-    for axes, points, label in (
-        (left, share, "answers right, %"),
-        (right, nats, "KL to the exact cache, nats (lower is better)"),
-    ):
+    for i, row in enumerate(rows):
+        size, share = row["nbytes"] / 1024, 100 * row["right"] / row["asked"]
+        look = {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)], "s": 70, "alpha": 0.85, "linewidths": 0}
+        left.scatter([size], [share], label=f"{row['method']}  ({row['bits_per_element']:.1f} bits)", **look)
+        right.scatter([size], [max(row["kl"], floor)], **look)
+        if row["kl"] == 0:
+            right.annotate("0, by definition", (size, floor), (-8, 8), textcoords="offset points", ha="right")
+    left.set_ylabel("answers right, %")
+    left.set_ylim(-3, 103)
+    right.set_ylabel("KL to the exact cache, nats (lower is better)")
+    right.set_yscale("log")
+    right.set_ylim(bottom=floor / 2)
+    for axes in (left, right):
         axes.set_xlabel("cache, KiB per document (allocated)")
-        axes.set_ylabel(label)
-        axes.set_xlim(0, 1.12 * max(x for x, _, _ in points))
+        axes.set_xlim(0, 1.08 * rows[-1]["nbytes"] / 1024)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_ylim(-5, 108)
-    right.set_yscale("log")
-    right.set_ylim(floor / 2, 4 * max(y for _, y, _ in nats))
-    _label(figure, left, share)
-    _label(
-        figure,
-        right,
-        [(x, y, f"{name} (0)" if row["kl"] == 0 else name) for (x, y, name), row in zip(nats, rows, strict=True)],
-    )
+    figure.legend(loc="outside right center", frameon=False, title="by size: allocated bits per element")
     asked = f"{data['questions']} questions about {data['documents']} documents of up to {data['longest']} tokens"
     figure.suptitle(f"{asked}: one model, a cache per method")
     figure.savefig(path, dpi=130, format="png")
-
-
-def _label(figure, axes, points: list[tuple[float, float, str]]) -> None:
-    """Dots with their names beside them, each at the first of some places where it covers no other name and no dot."""
-    colours = [f"C{i % 10}" for i in range(len(points))]
-    for (x, y, _), colour in zip(points, colours, strict=True):
-        axes.plot([x], [y], "o", color=colour, markersize=7)
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
-    reach = figure.dpi / 72
-    taken: list = []
-    places = [
-        (side * dx, dy)
-        for dx in (8, 24, 44, 70)
-        for dy in (-4, 8, -16, 20, -28, 32, -40, 44, -54, 58)
-        for side in (1, -1)
-    ]
-    for (x, y, name), colour in zip(points, colours, strict=True):
-        for dx, dy in places:
-            text = axes.annotate(
-                name,
-                (x, y),
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=9,
-                color=colour,
-                ha="left" if dx > 0 else "right",
-                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4}
-                if abs(dx) + abs(dy) > 14
-                else None,
-            )
-            box = (
-                text.get_tightbbox(renderer)
-                if abs(dx) + abs(dy) <= 14
-                else type(text).get_window_extent(text, renderer)
-            )
-            words = box.padded(1.5 * reach)
-            inside = (
-                axes.bbox.x0 < words.x0
-                and words.x1 < axes.bbox.x1
-                and axes.bbox.y0 < words.y0
-                and words.y1 < axes.bbox.y1
-            )
-            clear = not any(words.overlaps(other) for other in taken) and not any(words.contains(*dot) for dot in dots)
-            if inside and clear:
-                taken.append(words)
-                break
-            text.remove()
-        else:
-            axes.annotate(name, (x, y), (8, -4), textcoords="offset points", fontsize=9, color=colour)

@@ -1,0 +1,72 @@
+"""The tokens of a layer that are not packed on both sides, gathered for attention: exact ones, in any order.
+
+Softmax attention does not care about order, so the rings are used as they lie; only what one side has packed and the
+other has not, at most a window of tokens, is decoded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvist.cache.layer import Layer
+
+
+class Loose(NamedTuple):
+    """Exact tokens in any order, with the span where only one side is packed (that side decoded).
+
+    keys, values (B, H, N, D); tokens (B, N) int64: the number of each token in its row, -1 for nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer) -> Loose:
+        ring = _ring_tokens(layer)
+        parts = [(layer.key.exact.ring, layer.value.exact.ring, ring)]
+        odd = [_odd(layer, row) for row in range(layer.batch_size)]
+        if any(odd):
+            parts.append(_fetched(layer, odd))
+        if layer.plan.sinks:
+            numbers = torch.arange(layer.plan.sinks, device=layer.device)
+            lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
+            parts.append((layer.key.exact.sinks, layer.value.exact.sinks, torch.where(numbers < lengths, numbers, -1)))
+        keys, values, tokens = (list(x) for x in zip(*parts, strict=True))
+        tokens = torch.cat(tokens, 1)
+        values = torch.cat(values, 2).masked_fill_((tokens < 0)[:, None, :, None], 0)  # unused room may hold anything
+        return cls(keys[0] if len(keys) == 1 else torch.cat(keys, 2), values, tokens)
+
+
+def _ring_tokens(layer: Layer) -> Tensor:
+    """Token numbers in the slots of the rings, (B, capacity); -1 where the slot holds none that both sides keep."""
+    capacity, sinks = layer.key.exact.capacity, layer.plan.sinks
+    slots = torch.arange(capacity, device=layer.device)
+    behind = torch.tensor([layer.behind(r) for r in range(layer.batch_size)], device=layer.device).unsqueeze(-1)
+    from_ = [max(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
+    positions = behind - 1 - (behind - 1 - slots) % capacity
+    return torch.where(positions >= torch.tensor(from_, device=layer.device).unsqueeze(-1), positions + sinks, -1)
+
+
+def _odd(layer: Layer, row: int) -> list[int]:
+    """Positions that are neither packed on both sides nor recent on both: pins, and the span between the frontiers."""
+    low, high = sorted(track.states[row].frontier for track in layer.tracks)
+    pins = {p for track in layer.tracks for p in track.exact.pins[row] if p < low}
+    return [*sorted(pins), *range(low, high)]
+
+
+def _fetched(layer: Layer, odd: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    most = max(map(len, odd))
+    tokens = torch.full((len(odd), most), -1, device=layer.device)
+    sides = []
+    for track in layer.tracks:
+        side = track.exact.ring.new_zeros(len(odd), layer.shape.heads, most, track.dim)
+        for row, positions in enumerate(odd):
+            side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
+            tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
+        sides.append(side)
+    return *sides, tokens
