@@ -28,7 +28,8 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/kvist bench decode
+	$(BIN)/kvist bench encode --out runs/encode.json
+	$(BIN)/kvist bench decode --out runs/decode.json
 
 clean:
 	rm -rf $(VENV) out

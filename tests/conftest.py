@@ -11,16 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-with (
-    warnings.catch_warnings()
-):  # of the libraries that transformers pulls in where they are installed; not ours to mend
+with warnings.catch_warnings():  # of libraries that transformers imports where they are installed
     warnings.simplefilter("ignore")
     import transformers.cache_utils  # noqa: F401
 
 SEQUENCES = 2000  # of the state machine, over all its methods
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-_common = dict(deadline=None, suppress_health_check=_slow, derandomize=True, database=None)
+_common = {"deadline": None, "suppress_health_check": _slow, "derandomize": True, "database": None}
 settings.register_profile("default", max_examples=30, **_common)
 settings.register_profile("ci", max_examples=200, **_common)
 

@@ -16,6 +16,7 @@ has tests of its own; retention, padding, crops and beams are written here again
 """
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Stream:
         decided = decide(rule, self.decided, length, prompt)
         before, self.frontier = self.frontier, max(self.frontier, self.floor(decided, starts))
         edges = sorted({before, self.frontier, *(s for s in starts if before < s < self.frontier)})
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             self._encode(a + rule.sinks, b + rule.sinks)
         if rule.kind == "log" and (final or self.frontier > before):
             wanted = published_log(rule.window, decided // rule.window)

@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
                     assert track.states[row].frontier == stream.frontier
                     assert set(track.exact.pins[row]) == stream.pinned
             for track in layer.tracks:
-                held = sum(track.pool.tables, [])
+                held = [page for table in track.pool.tables for page in table]
                 assert [held.count(page) for page in range(track.pool.capacity)] == track.pool.refs
             if self.slots:
                 for side, wanted in enumerate(want.read()):

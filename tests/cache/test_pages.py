@@ -110,7 +110,7 @@ def test_pages_are_counted(text):
     for move in moves:
         move()
         for track in cache.layers[0].tracks:
-            pool, held = track.pool, sum(track.pool.tables, [])
+            pool, held = track.pool, [page for table in track.pool.tables for page in table]
             assert [held.count(page) for page in range(pool.capacity)] == pool.refs
             assert sorted(pool.free) == [page for page in range(pool.capacity) if not pool.refs[page]]
             assert pool.in_use == len(set(held))

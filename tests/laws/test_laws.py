@@ -1,5 +1,7 @@
 """Laws that every registered method obeys, on tracks alone: no model, random keys and values."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from cases import CASES, recipe
@@ -141,7 +143,7 @@ def test_error_falls_when_bits_rise(name, outliers):
         errors.append(sides)
     for side in (0, 1):
         run = [error[side] for error in errors]
-        assert all(a > b for a, b in zip(run, run[1:], strict=False)), run
+        assert all(a > b for a, b in pairwise(run)), run
         assert run[-1] < 0.3
 
 

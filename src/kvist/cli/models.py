@@ -1,6 +1,7 @@
 """A model by name or folder, or one sentence about why there is none."""
 
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -41,10 +42,8 @@ def load(name: str, device: str, dtype: str):
     read_config(name)
     tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
-    model.eval()
-    torch.nn.Module.to(model, place)
-    return model, tokenizer
+    model: Any = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
+    return model.to(place).eval(), tokenizer
 
 
 def _checked(name: str, make):
