@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint types bench clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -24,6 +24,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+types: $(VENV)/ready
 	$(BIN)/pyright --project pyproject.toml
 
 bench: $(VENV)/ready

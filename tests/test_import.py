@@ -17,12 +17,14 @@ from transformers import masking_utils, modeling_utils, cache_utils
 from transformers.models.llama import modeling_llama
 
 def state():
-    spaces = (F, torch, torch.Tensor, torch.nn.Module, cache_utils.Cache, cache_utils.DynamicLayer, modeling_utils.PreTrainedModel,
-              modeling_llama, modeling_llama.LlamaAttention, masking_utils)
-    names = {f"{i}.{name}": id(value) for i, space in enumerate(spaces) for name, value in vars(space).items() if callable(value)}
+    spaces = (F, torch, torch.Tensor, torch.nn.Module, cache_utils.Cache, cache_utils.DynamicLayer, masking_utils,
+              modeling_utils.PreTrainedModel, modeling_llama, modeling_llama.LlamaAttention)
+    names = {f"{i}.{name}": id(value)
+             for i, space in enumerate(spaces) for name, value in vars(space).items() if callable(value)}
     names["attention"] = sorted(modeling_utils.ALL_ATTENTION_FUNCTIONS.keys())
     names["masks"] = sorted(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.keys())
-    names["hooks"] = [len(torch.nn.modules.module._global_forward_pre_hooks), len(torch.nn.modules.module._global_forward_hooks)]
+    hooks = torch.nn.modules.module
+    names["hooks"] = [len(hooks._global_forward_pre_hooks), len(hooks._global_forward_hooks)]
     names["layers"] = sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
     return names
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvist.attention import attach
+    from kvist.attention import attach, detach
     from kvist.cache.cache import Cache
     from kvist.plan import Recipe
 

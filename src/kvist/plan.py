@@ -89,8 +89,8 @@ class LayerPlan(Part):
 
     def ring(self, waiting: int, reserve: int = 0) -> int:
         """Tokens that each ring is given when `waiting` tokens must fit."""
-        windows = [side.window() for side in self.sides]
-        if None not in windows:
+        windows = [window for side in self.sides if (window := side.window()) is not None]
+        if len(windows) == len(self.sides):
             return max(windows)
         room = 0 if self.packs else max(0, reserve - self.sinks)
         return room if waiting <= room else ladder(waiting, RING_STEP)
@@ -169,8 +169,8 @@ class Recipe(Part):
     @property
     def chunking(self) -> str | None:
         """Why cutting a sequence into other updates may pack other tokens; None if it cannot."""
-        reasons = {side.retention.chunking for plan in self.layers for side in plan.sides} - {None}
-        return "; ".join(sorted(reasons)) or None
+        rules = [side.retention for plan in self.layers for side in plan.sides]
+        return "; ".join(sorted({reason for rule in rules if (reason := rule.chunking)})) or None
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON."""

@@ -103,7 +103,7 @@ class Machine(RuleBasedStateMachine):
                 same(found.masked_fill(~self.real[:, None, :, None], 0), want, side)
             if isinstance(given[0], Handle):
                 query = torch.randn(len(pads), 4, count, DIM, generator=generator)
-                same_attention(given[0].view.attend(query, DIM**-0.5), query, *wanted, self.real)
+                same_attention(given[0].source.attend(query, DIM**-0.5), query, *wanted, self.real)
 
     @precondition(lambda self: not self.empty)
     @rule(depth=st.one_of(st.integers(1, 33), st.integers(1, 200)))

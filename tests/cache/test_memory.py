@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import kvist
+from kvist.cache.handle import Handle
 from kvist.cache.view import View
 
 HEADS, QUERIES, DIM = 2, 8, 128
@@ -61,7 +62,7 @@ def step_bytes(cache: kvist.Cache) -> int:
 
     def step():
         handle, _ = cache.update(keys, values, 0)
-        view = View.after(layer) if not hasattr(handle, "view") else handle.view
+        view = View.after(layer) if not isinstance(handle, Handle) else handle.source
         view.attend(query, DIM**-0.5)
 
     return peak(step)
@@ -88,7 +89,7 @@ def test_prefill_chunk_does_not_grow_with_the_past(text):
         def chunk(cache=cache, keys_values=keys_values):
             for layer in (0, 1):
                 handle, _ = cache.update(*keys_values, layer)
-                handle.view.attend(query, DIM**-0.5)
+                handle.source.attend(query, DIM**-0.5)
 
         found.append(peak(chunk))
     tables = cache.report().allocated["tables"]  # stored, and made anew at every update

@@ -44,9 +44,9 @@ def sequence(batch: int = 1, seed: int = 1) -> list[torch.Tensor]:
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to fp32 rounding, relative to the spread of the logits (B, T, V). Rounding that differs in the last bit
     may move a scale by one fp16 step or a code by one, hence not 1e-6. One token treated wrongly moves the logits of
-    most positions by a tenth of what all packed tokens together do, which is at least 0.03 (see test_greedy)."""
+    most decoded positions by a tenth of what all packed tokens do together: 0.03 or more (see test_greedy)."""
     error = (found - expected).abs().amax(-1) / expected.std()
-    assert error.median() <= 5e-4
+    assert error[:, -STEPS:].median() <= 5e-4
     assert error.max() <= 0.05
 
 
@@ -148,7 +148,7 @@ def test_crop_takes_back_what_was_never_asked(family, attention, method, attache
             found.append(model(chunk, past_key_values=cache).logits[:, 0])
             cache.crop(-(chunk.shape[1] - 1))
             assert cache.get_seq_length() == PROMPT + i + 1
-    same(torch.stack(found), torch.stack(expected))
+    same(torch.stack(found, 1), torch.stack(expected, 1))
 
 
 @families

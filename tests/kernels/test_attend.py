@@ -1,5 +1,7 @@
 """Attention with its log-sum-exp, and the merge of parts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,7 +99,7 @@ def test_a_query_that_sees_nothing():
 def test_merge_of_any_split_in_any_order_is_the_whole(cuts, order, seed):
     q, k, v = tensors(seed)
     edges = sorted({0, 33, *cuts})
-    parts = [attend(q, k[:, :, a:b], v[:, :, a:b], 0.5) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [attend(q, k[:, :, a:b], v[:, :, a:b], 0.5) for a, b in pairwise(edges)]
     order.shuffle(parts)
     close(merge(parts), dense(q, k, v, 0.5), v)
 

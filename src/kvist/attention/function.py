@@ -29,7 +29,7 @@ def packed_attention(own: str):
         if isinstance(key, Handle) and isinstance(value, Handle) and not refusals(attention_mask, dropout, kwargs):
             plain = attention_mask is None or isinstance(attention_mask, LazyMask)
             scale = kwargs.get("scaling")
-            out = key.view.attend(
+            out = key.source.attend(
                 query,
                 query.shape[-1] ** -0.5 if scale is None else scale,
                 mask=None if plain else attention_mask,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import PreTrainedModel
 
@@ -18,7 +18,7 @@ class Attachment:
     """A model reads packed data while this is open: `close()` it, or use it as a context manager."""
 
     model: nn.Module
-    before: list[tuple[object, str]]
+    before: list[tuple[PreTrainedConfig, str]]
 
     def close(self) -> None:
         """Give the model its own attention back, exactly."""

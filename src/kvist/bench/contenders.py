@@ -77,7 +77,7 @@ def quantized(backend: str, bits: int) -> Contender:
 def ours(method: str) -> Contender:
     """A kvist cache, attached."""
     recipe, rows = parse(method), Rows()
-    layers = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
+    layers: list = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
     cache = TransformersCache(layers=layers)
 
     def held() -> int:

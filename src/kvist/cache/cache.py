@@ -41,7 +41,7 @@ class Cache(TransformersCache):
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
         self.rows = Rows()
         plans = iter(recipe.for_layers(len(self.describes.served)))
-        layers = [
+        layers: list = [
             Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows)
             if kind == SERVED
             else compat.own_layer(kind, arguments)
@@ -133,7 +133,7 @@ class Cache(TransformersCache):
         super().crop(tokens_to_remove)
         self.rows.crop(self.ours[0].slots)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 

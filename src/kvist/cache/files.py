@@ -64,7 +64,7 @@ def save(cache, path: str | Path) -> None:
         Path(scratch).unlink(missing_ok=True)
 
 
-def load(cls, path: str | Path, model: nn.Module, recipe: Recipe | None):
+def load(cls, path: str | Path, model, recipe: Recipe | None):
     """The cache in `path`, for `model`; with `recipe`, only if it was made with that one."""
     header, tensors = _read(Path(path))
     if header.get("format") != FORMAT:

@@ -15,17 +15,20 @@ from kvist.cache.view import View
 class Handle(Tensor):
     """Keys (side 0) or values (side 1) of a view, (B, H, slots, D)."""
 
+    source: View
+    side: int
+
     @staticmethod
     def __new__(cls, view: View, side: int) -> "Handle":
         shape, dtype, device = view.shape(side), view.dtype, view.device
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     def __init__(self, view: View, side: int):
-        self.view, self.side = view, side
+        self.source, self.side = view, side
 
     def dense(self) -> Tensor:
         """All slots decoded, padding as zeros."""
-        return self.view.dense(self.side)
+        return self.source.dense(self.side)
 
     def __repr__(self, **_) -> str:
         return f"Handle({'keys' if self.side == 0 else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -48,7 +51,7 @@ class Handle(Tensor):
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Stock semantics on packed data, or None where only the dense tensors will do."""
-    paired = isinstance(key, Handle) and isinstance(value, Handle) and key.view is value.view
+    paired = isinstance(key, Handle) and isinstance(value, Handle) and key.source is value.source
     if not paired or (key.side, value.side) != (0, 1) or dropout_p or is_causal or isinstance(query, Handle):
         return None
     heads = key.shape[1]
@@ -60,4 +63,4 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
             return None
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return key.view.attend(query, scale, mask=attn_mask, causal=False)
+    return key.source.attend(query, scale, mask=attn_mask, causal=False)

@@ -115,7 +115,7 @@ def _track(layer: Layer, track: Track, used: Counter, allocated: Counter) -> Non
         used[name] += count * token
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -36,9 +36,9 @@ class Rows:
             raise ValueError(
                 f"this cache holds {self.batch} rows, found a batch of {batch}; use reset() or a new cache"
             )
-        everything = real is None or bool(real.all())
+        flags = None if real is None or bool(real.all()) else real.tolist()
         for row, runs in enumerate(self.runs):
-            pieces = [(0, slots)] if everything else _stretches(real[row].tolist())
+            pieces = [(0, slots)] if flags is None else _stretches(flags[row])
             for start, count in pieces:
                 self._append(runs, self.slots + start, count)
         self.slots += slots

@@ -36,9 +36,10 @@ class View:
         self.both = [min(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
         self.limits = [maps.slot(p) for maps, p in zip(layer.maps, self.both, strict=True)]
         self.skip = layer.skip()
-        self._loose = Loose.of(layer) if chunk else None
+        self._loose: Loose | None = None
         if chunk:  # the append that follows writes into the rings
-            self._loose = self._loose._replace(keys=self._loose.keys.clone())
+            loose = Loose.of(layer)
+            self._loose = loose._replace(keys=loose.keys.clone())
         self._version = layer.version + (1 if chunk else 0)
 
     @classmethod
@@ -116,10 +117,10 @@ class View:
 
     def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
         """The reference: decode some pages, attend, merge."""
-        running = None
+        value_dim = self.layer.shape.value_dim
+        running = Partial(q.new_zeros(*q.shape[:3], value_dim), q.new_full(q.shape[:3], -torch.inf))
         for keys, values, tokens in self._tiles(q.shape[2]):
-            part = attend_tiled(q, keys, values, tokens, look)
-            running = part if running is None else merge([running, part])
+            running = merge([running, attend_tiled(q, keys, values, tokens, look)])
         return running
 
     def _tiles(self, queries: int):
@@ -156,6 +157,7 @@ class View:
         return torch.where(tokens >= 0, tokens + self.layer.plan.sinks, -1)
 
     def _chunk_part(self, q: Tensor, look: Look) -> Partial:
+        assert self.chunk is not None
         keys, values = self.chunk
         start = [self.rows.tokens(row, self.past) for row in range(len(self.lengths))]
         tokens = torch.full((len(start), keys.shape[2]), -1, device=self.device)

@@ -5,8 +5,8 @@ from pydantic import model_validator
 from torch import Tensor
 
 from kvist.coding.grouping import Grouping
-from kvist.coding.levels import Levels, Raw
-from kvist.coding.outliers import NoOutliers, Outliers
+from kvist.coding.levels import Levels, Raw, Table, Uniform
+from kvist.coding.outliers import NoOutliers, Outliers, Slots
 from kvist.coding.ranges import Fixed, MinMax, Range
 from kvist.coding.transforms import Identity, Transform
 from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
@@ -40,6 +40,12 @@ class Codec(Part):
     @property
     def raw(self) -> bool:
         return isinstance(self.levels, Raw)
+
+    @property
+    def ladder(self) -> Uniform | Table:
+        """The levels of a codec that is not exact."""
+        assert not isinstance(self.levels, Raw)
+        return self.levels
 
     @property
     def traits(self) -> Traits:
@@ -82,7 +88,7 @@ class Codec(Part):
     def _reference(self, x: Tensor) -> Arrays:
         """`encode`, from values in the transformed space, by torch alone."""
         arrays, escaped = {}, None
-        if self.outliers.slots:
+        if isinstance(self.outliers, Slots):
             flat = x.movedim(-3, -2).flatten(-2)
             channel = self.outliers.find(flat)
             arrays = {"outlier": narrow(flat.gather(-1, channel)), "channel": channel.int()}
@@ -94,10 +100,10 @@ class Codec(Part):
             groups = self.grouping.split(x)
             without = None if escaped is None else self.grouping.split(escaped.float()) > 0
             low, high = self.range.measure(groups, without)
-            scale, offset = map(narrow, self.levels.affine(low, high))
+            scale, offset = map(narrow, self.ladder.affine(low, high))
             arrays |= dict(list({"scale": scale, "offset": offset}.items())[: self.range.stored])
             scale, offset = self._affine(arrays, x.shape[-1])
-        codes = self.levels.index(normalise(self._entries(x), scale, offset))
+        codes = self.ladder.index(normalise(self._entries(x), scale, offset))
         return {"codes": pack(codes.flatten(-3, -2), self.levels.bits)} | arrays
 
     def decode(self, arrays: Arrays, *, inverse: bool = True) -> Tensor:
@@ -111,7 +117,7 @@ class Codec(Part):
             scale, offset = self._fixed(codes.flatten(-3, -2))
         else:
             scale, offset = self._affine(arrays, dim)
-        x = torch.addcmul(offset.float(), self.levels.point(codes), scale.float()).flatten(-3, -2)
+        x = torch.addcmul(offset.float(), self.ladder.point(codes), scale.float()).flatten(-3, -2)
         if self.outliers.slots:
             flat = x.movedim(-3, -2).flatten(-2)
             flat = flat.scatter(-1, arrays["channel"].long(), arrays["outlier"].float())
@@ -129,14 +135,17 @@ class Codec(Part):
             offset = arrays["offset"].float()
         else:  # symmetric: low = -high fixes the offset (exactly 0 for a table centred on 0)
             top = scale.new_tensor(1.0)
-            unit, low = self.levels.affine(-top, top)
+            unit, low = self.ladder.affine(-top, top)
             offset = scale * (low / unit)
-        spread = [self.grouping.spread(s, dim) for s in (scale, offset)]
-        return tuple(s if self.grouping.along == "tokens" else s.unsqueeze(-2) for s in spread)
+        scale, offset = (self.grouping.spread(s, dim) for s in (scale, offset))
+        if self.grouping.along == "tokens":
+            return scale, offset
+        return scale.unsqueeze(-2), offset.unsqueeze(-2)
 
     def _fixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Fixed scale and offset, broadcasting against `_entries`."""
-        scale, offset = map(narrow, self.levels.affine(*self.range.table(x.shape[-3], x.device)))
+        assert isinstance(self.range, Fixed)
+        scale, offset = map(narrow, self.ladder.affine(*self.range.table(x.shape[-3], x.device)))
         return scale.float().unsqueeze(-2), offset.float().unsqueeze(-2)
 
     def __str__(self) -> str:

@@ -67,6 +67,6 @@ class Grouping(Part):
             return scale.unsqueeze(-2)
         if self.across_heads:
             return scale.unsqueeze(-3)
-        if scale.shape[-1] == 1:
+        if scale.shape[-1] == 1 or self.size is None:
             return scale
         return scale.repeat_interleave(self.size, dim=-1)[..., :dim]

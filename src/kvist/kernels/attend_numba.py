@@ -7,9 +7,11 @@ context.
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -260,8 +262,9 @@ def _spread(call: tuple, work: np.ndarray, out: np.ndarray, lse: np.ndarray) -> 
     threads = max(1, min(torch.get_num_threads(), len(work)))
     cuts = np.linspace(0, len(work), threads + 1).astype(int)
     parts = [(*call, work[a:b], out[a:b], lse[a:b]) for a, b in pairwise(cuts)]
-    waiting = [_threads(threads - 1).submit(_attend, *part) for part in parts[1:]]
-    _attend(*parts[0])
+    run = cast(Callable, _attend)
+    waiting = [_threads(threads - 1).submit(run, *part) for part in parts[1:]]
+    run(*parts[0])
     for future in waiting:
         future.result()
 
@@ -286,4 +289,5 @@ def _halves(arrays: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _planes(bits: int) -> tuple[int, int]:
-    return (*PLANES[bits], 0)[:2]
+    low, high = (*PLANES[bits], 0)[:2]
+    return low, high

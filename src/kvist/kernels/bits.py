@@ -38,12 +38,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`: bytes (..., n·bits/8) to uint8 codes (..., n)."""
     n = packed.shape[-1] * 8 // bits
-    codes, start, low = None, 0, 0
+    codes, start, low = torch.zeros((), dtype=torch.uint8, device=packed.device), 0, 0
     for width in PLANES[bits]:
         size = packed_bytes(n, width)
         plane = packed[..., start : start + size]
         mask = (1 << width) - 1
         field = torch.cat([(plane >> shift) & mask for shift in range(0, 8, width)], dim=-1)
-        codes = field if codes is None else codes | (field << low)
+        codes = field if low == 0 else codes | (field << low)
         start, low = start + size, low + width
     return codes

@@ -96,9 +96,8 @@ def encode(traits, x: Tensor) -> dict[str, Tensor]:
     divisor = scale.float()
     divisor.masked_fill_(divisor == 0, 1.0)
     codes = torch.empty(source.shape[0], tokens, packed_bytes(dim, traits.bits), dtype=torch.uint8)
-    planes = (*PLANES[traits.bits], 0)[:2]
-    _codes(
-        source, divisor.numpy(), offset.float().numpy(), group, along_tokens, np.float32(top), *planes, codes.numpy()
-    )
+    low_bits, high_bits = (*PLANES[traits.bits], 0)[:2]
+    numbers = (divisor.numpy(), offset.float().numpy(), group, along_tokens, np.float32(top))
+    _codes(source, *numbers, low_bits, high_bits, codes.numpy())
     named = {"codes": codes, "scale": scale, "offset": offset}
     return {name: array.view(*lead, *array.shape[1:]) for name, array in named.items()}

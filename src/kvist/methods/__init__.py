@@ -13,6 +13,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from kvist.methods.registry import METHODS
 from kvist.plan import Recipe
 
@@ -53,8 +55,8 @@ def get(name: str, **options) -> Recipe:
     try:
         return function(**options)
     except ValueError as error:  # pydantic's own message names fields of parts: keep its first sentence
-        errors = getattr(error, "errors", None)
-        raise ValueError(f"{name}: {errors()[0]['msg'].removeprefix('Value error, ') if errors else error}") from None
+        said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
+        raise ValueError(f"{name}: {said}") from None
 
 
 def parse(text: str) -> Recipe:
@@ -98,7 +100,7 @@ def _convert(name: str, option: str, value, default):
         if isinstance(default, float):
             return float(value)
         numbers = tuple(int(part) for part in value.split(","))
-        return numbers if len(numbers) > 1 else numbers[0]
+        return numbers[0] if len(numbers) == 1 else numbers
     except (KeyError, ValueError):
         try:
             return float(value)

@@ -54,9 +54,8 @@ def partial_streaming(
     )
 
 
-def _recipe(name: str, bits: int, k: int, v: int, group: int, keys: Retention, values: Retention) -> Recipe:
-    window = keys.window
-    check_group(group, window)
+def _recipe(name: str, bits: int, k: int, v: int, group: int, keys: LogSparse | Streaming, values: Retention) -> Recipe:
+    check_group(group, keys.window)
     for width in (k or bits, v or bits):
         if width not in (2, 4, 16):
             raise ValueError(f"bits must be 2 or 4 (or 16, exact), found {width}")
