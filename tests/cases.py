@@ -19,7 +19,7 @@ SMALL = [
     "kivi k=2 v=16 recent=32",
     "kivi:2 recent=48 values=block sinks=5",
     "kivi:2 recent=40 sinks=3",
-    "streaming window=32",
+    "streaming window=40",
     "partial-streaming window=40 sinks=3",
     "logquant window=32",
     "logquant window=40 sinks=2 k=4",

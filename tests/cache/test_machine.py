@@ -38,7 +38,7 @@ CASES = [
     "kivi:2 recent=32",
     "kivi k=3 v=4 recent=40 sinks=3",
     "kivi k=1 v=8 group=64 recent=64 values=block",
-    "streaming window=32",
+    "streaming window=40",
     "logquant window=32",
     "partial-logquant window=40 sinks=2",
     "kvmix k=3,2 v=4,1",
