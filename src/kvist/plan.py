@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvist.atomic import replacing
 from kvist.coding import Codec
 from kvist.retention import KeepAll, Retention
 from kvist.types import HOLD, MIN_PAGE, Geometry, Part, ladder
@@ -174,7 +175,8 @@ class Recipe(Part):
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2, exclude_defaults=False) + "\n")
+        with replacing(path) as scratch:
+            scratch.write_text(self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":

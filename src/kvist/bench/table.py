@@ -9,6 +9,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from kvist.atomic import replacing
+
 
 def machine() -> dict:
     """What it ran on."""
@@ -36,9 +38,8 @@ def write(report: dict, path: str | Path | None) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(report, indent=1) + "\n")
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def show(report: dict, as_json: bool) -> None:

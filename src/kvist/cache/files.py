@@ -6,8 +6,6 @@ refused, with the reason, where format, model, weights or recipe differ from wha
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kvist.atomic import replacing
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Run
 from kvist.cache.track import SlotMap, State, Track
@@ -37,12 +36,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save(cache, path: str | Path) -> None:
-    """Write `cache` to `path`: a temporary file in the same folder, then renamed."""
-    path, model = Path(path), cache._model()
+    """Write `cache` to `path`."""
+    model = cache._model()
     if model is None:
         raise ValueError("the model of this cache is gone; save the cache while its model exists")
-    if not path.parent.is_dir():
-        raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
     tensors: dict[str, Tensor] = {}
     layers = [_save_layer(layer, f"{i}.", tensors) for i, layer in enumerate(cache.layers)]
     header = {
@@ -55,13 +52,8 @@ def save(cache, path: str | Path) -> None:
         "runs": cache.rows.runs,
         "layers": layers,
     }
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(path) as scratch:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch, {"kvist": json.dumps(header)})
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
 
 
 def load(cls, path: str | Path, model, recipe: Recipe | None):

@@ -1,8 +1,6 @@
 """What the demo leaves behind: results.json and a picture of quality against bytes, each whole or not at all."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 import transformers
 
 from kvist import __version__
+from kvist.atomic import replacing
 from kvist.demo.documents import Document
 from kvist.demo.measure import ROOM, SPEED_TOKENS, Result
 
@@ -45,30 +44,21 @@ def write(data: dict, folder: Path) -> list[str]:
     """results.json, and demo.png where matplotlib is installed; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.json"
-    _whole(results, lambda path: path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
+    with replacing(results) as scratch:
+        scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         return [str(results)]
     picture = folder / "demo.png"
-    _whole(picture, lambda path: draw(data, path))
+    with replacing(picture) as scratch:
+        draw(data, scratch)
     return [str(results), str(picture)]
-
-
-def _whole(path: Path, fill) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part" + path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        fill(scratch)
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def draw(data: dict, path: Path) -> None:
     """Share of answers right, and KL divergence, against the cache's size; one legend, in the order of size."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,7 +69,8 @@ def draw(data: dict, path: Path) -> None:
     floor = min((row["kl"] for row in rows if row["kl"] > 0), default=1e-3) / 4
     for i, row in enumerate(rows):
         size, share = row["nbytes"] / 1024, 100 * row["right"] / row["asked"]
-        look = {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)], "s": 70, "alpha": 0.85, "linewidths": 0}
+        colour = colormaps["turbo"](0.05 + 0.9 * i / max(1, len(rows) - 1))
+        look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "s": 70, "alpha": 0.85, "linewidths": 0}
         left.scatter([size], [share], label=f"{row['method']}  ({row['bits_per_element']:.1f} bits)", **look)
         right.scatter([size], [max(row["kl"], floor)], **look)
         if row["kl"] == 0:

@@ -1,0 +1,24 @@
+"""Files written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A scratch file beside `path`: it takes its place when the block ends well, and goes when it does not."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part" + path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
