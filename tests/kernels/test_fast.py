@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from kvist.coding import AbsMax, Codec, Grouping, Slots, Table, Uniform
 from kvist.kernels.attend import attend
-from kvist.kernels.choose import encoder, packed_attention
+from kvist.kernels.choose import encoder, packed_attention, rotator
+from kvist.kernels.grid import rotate
 from kvist.methods.parts import per_channel, per_token
 
 pytest.importorskip("numba")
@@ -37,6 +38,15 @@ def test_encoder_gives_the_reference_to_the_bit(bits, group, keys, dim, blocks, 
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 256])
+def test_rotation_gives_the_reference_to_the_bit_however_tokens_come(dim):
+    torch.manual_seed(dim)
+    x, (fast, _) = 5 * torch.randn(2, 3, 7, dim), rotator(CPU)
+    whole = fast(x, dim & -dim)
+    assert torch.equal(whole, rotate(x, dim & -dim))
+    assert torch.equal(whole[0, 1, 4], fast(x[0, 1, 4].clone(), dim & -dim))
 
 
 def _pages(codec, x):

@@ -26,8 +26,8 @@ class Cache(TransformersCache):
     attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for
     which room is set aside at the first update; the cache grows beyond it when it must.
 
-    The cache listens to `model` for padding masks, through a hook that `close()` removes. Layers with a window of their
-    own (sliding attention) keep transformers' own cache.
+    It is for inference: a backward pass through it is refused. It listens to `model` for padding masks, through a hook
+    that `close()` removes. Layers with a window of their own (sliding attention) keep transformers' own cache.
     """
 
     def __init__(

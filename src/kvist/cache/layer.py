@@ -87,7 +87,7 @@ class Layer(CacheLayerMixin):
         long, empty = max(counts) > HOLD, not any(self.lengths)
         chunked = long and self.prefill == "exact" and self.plan.packs
         view = View.before(self, key_states, value_states) if chunked and not empty else None
-        self._append(key_states, value_states, columns, counts)
+        self._append(key_states.detach(), value_states.detach(), columns, counts)
         self.slots, self.updates, self.settled = self.slots + slots, self.updates + 1, False
         self._changed()
         if empty and (chunked or not long):

@@ -24,6 +24,18 @@ CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in 
 PROMPT_TILE = 1 << 18
 
 
+class Undifferentiated(torch.autograd.Function):
+    """The identity on a result that depends on `query` in a way that cannot be differentiated: backward says so."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("attention over a kvist cache has no gradient; train with transformers' own cache or none")
+
+
 class View:
     """See the module. `limits`: per row, the packed slots that both sides have."""
 
@@ -80,6 +92,19 @@ class View:
         (B, 1 or Hq, M, slots), says what is visible; None is everything. `sink` (Hq,) is a logit per head that takes
         part in the softmax and has no value (GPT-OSS).
         """
+        with torch.no_grad():
+            out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
+        return Undifferentiated.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _attend(
+        self,
+        query: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        causal: bool,
+        softcap: float | None,
+        sink: Tensor | None,
+    ) -> Tensor:
         loose, q = self.loose, query.float()
         horizon = self._horizon(query.shape[2]) if causal and query.shape[2] > 1 else None
         look = Look(scale, softcap, mask, horizon, self.rows, self.slots, self.lengths)
@@ -91,7 +116,7 @@ class View:
         if sink is not None:
             lse = sink.float().view(1, -1, 1).expand(q.shape[:3])
             partials.append(Partial(torch.zeros_like(partials[0].out), lse))
-        return merge(partials).out.to(query.dtype)
+        return merge(partials).out
 
     def _horizon(self, queries: int) -> Tensor:
         """The number of the last token that each query may see, (B, M)."""
@@ -173,6 +198,7 @@ class View:
             out[:, :, first:], lse[:, :, first:] = merge([Partial(out[:, :, first:], lse[:, :, first:]), new])
         return Partial(out, lse)
 
+    @torch.no_grad()
     def dense(self, side: int) -> Tensor:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
         if self._exactly_ring():

@@ -42,6 +42,16 @@ def encoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tupl
 
 
 @cache
+def rotator(device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """The fast `grid.rotate`, the same to the bit, and (), or None and the reasons."""
+    if reasons := _available(device):
+        return None, tuple(reasons)
+    from kvist.kernels.encode_numba import rotate
+
+    return rotate, ()
+
+
+@cache
 def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast attention over packed pages and (), or None and the reasons why only the reference serves.
 

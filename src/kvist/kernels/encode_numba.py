@@ -83,6 +83,31 @@ def _codes(x, scale, offset, group, along_tokens, top, low, high, out):
             _pack(levels, low, high, out[n, t])
 
 
+@njit(**_EXACT)
+def _butterflies(x, block, scale):
+    """x (N, D), in place: see `grid.rotate`, whose order of sums and differences this is."""
+    for n in range(x.shape[0]):
+        for first in range(0, x.shape[1], block):
+            row = x[n, first : first + block]
+            for d in range(block):
+                row[d] *= scale
+            half = 1
+            while half < block:
+                for i in range(0, block, 2 * half):
+                    low, high = row[i : i + half], row[i + half : i + 2 * half]
+                    for j in range(half):
+                        a, b = low[j], high[j]
+                        low[j], high[j] = a + b, a - b
+                half *= 2
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """`grid.rotate`."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    _butterflies(y.view(-1, x.shape[-1]).numpy(), block, np.float32(block**-0.5))
+    return y
+
+
 def encode(traits, x: Tensor) -> dict[str, Tensor]:
     """Values (..., H, T, D), fp32, to the arrays of `Codec.layout`. `traits` are those of the codec."""
     lead, (tokens, dim) = x.shape[:-2], x.shape[-2:]

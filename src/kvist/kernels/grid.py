@@ -22,9 +22,19 @@ def round_to(u: Tensor, top: int) -> Tensor:
     return u.round().clamp_(0, top).to(torch.uint8)
 
 
-def hadamard(size: int, device: torch.device | str | None = None) -> Tensor:
-    """The orthonormal Sylvester-Hadamard matrix (size, size), fp32; symmetric, its own inverse; size is 2^n."""
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix * size**-0.5
+def rotate(x: Tensor, block: int) -> Tensor:
+    """fp32 (..., D), each `block` of it times the orthonormal Hadamard matrix of size `block`, a power of two.
+
+    Sums and differences in a fixed order, so that a token gives the same bits whatever comes with it; a matrix product
+    would not.
+    """
+    dim = x.shape[-1]
+    y = (x.movedim(-1, 0) * block**-0.5).contiguous()  # a new tensor: what follows works in place
+    half = 1
+    while half < block:
+        low, high = y.view(dim // (2 * half), 2, half, x.numel() // dim).unbind(1)
+        total = low + high
+        torch.sub(low, high, out=high)
+        low.copy_(total)
+        half *= 2
+    return y.movedim(0, -1).contiguous()
