@@ -26,16 +26,17 @@ _FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"con
 
 
 @njit(**_FAST)
-def _widen(halves, out):
-    """fp16 (a, b), as its bits in uint16 and finite, to fp32 (a, b)."""
-    for i in range(halves.shape[0]):
-        half, row = halves[i], out[i, : halves.shape[1]]
-        bits = row.view(np.int32)
-        for j in range(half.shape[0]):
-            bits[j] = (np.int32(half[j]) & np.int32(0x7FFF)) << np.int32(13)
-        for j in range(half.shape[0]):
-            sign = np.float32(1.0) - np.float32(half[j] >> 15) * np.float32(2.0)
-            row[j] = row[j] * np.float32(2.0**112) * sign
+def _widen(halves, scratch):
+    """fp16 (a, b), as its bits in uint16 and finite, to fp32 (a, b) at the start of `scratch` (n,)."""
+    count = halves.size
+    half, out = halves.reshape(count), scratch[:count]
+    bits = out.view(np.int32)
+    for i in range(count):
+        bits[i] = (np.int32(half[i]) & np.int32(0x7FFF)) << np.int32(13)
+    for i in range(count):
+        sign = np.float32(1.0) - np.float32(half[i] >> 15) * np.float32(2.0)
+        out[i] = out[i] * np.float32(2.0**112) * sign
+    return out.reshape(halves.shape)
 
 
 @njit(**_FAST)
@@ -140,17 +141,14 @@ def _key_scores(q, codes, scale, offset, low, high, group, along_tokens, x, numb
     tokens, dim = x.shape
     _unpack(codes[:tokens], low, high, x)
     if not along_tokens:
-        _widen(scale[:tokens], numbers[0])
-        _widen(offset[:tokens], numbers[1])
-        _affine(x, numbers[0], numbers[1], group)
+        _affine(x, _widen(scale[:tokens], numbers[0]), _widen(offset[:tokens], numbers[1]), group)
         _dots(q, x, scores)
         return
     groups = (tokens + group - 1) // group  # one scale per channel of a group: folded into the query
-    _widen(scale[:groups], numbers[0])
-    _widen(offset[:groups], numbers[1])
+    scales, offsets = _widen(scale[:groups], numbers[0]), _widen(offset[:groups], numbers[1])
     for g in range(groups):
         first, last = g * group, min((g + 1) * group, tokens)
-        s, o = numbers[0, g], numbers[1, g]
+        s, o = scales[g], offsets[g]
         for r in range(q.shape[0]):
             for d in range(dim):
                 folded[r, d] = q[r, d] * s[d]
@@ -172,7 +170,7 @@ def _attend(
     """For each item (row, head, first page, last page): out (item, R, Dv) normalised, and lse (item, R)."""
     rows, dim, page = q.shape[2], q.shape[3], v_codes.shape[2]
     keys, values = np.empty((page, dim), np.float32), np.empty((page, out.shape[2]), np.float32)
-    numbers = np.empty((2, page, max(dim, out.shape[2])), np.float32)
+    numbers = np.empty((2, page * max(dim, out.shape[2])), np.float32)
     folded, scores = np.empty((rows, dim), np.float32), np.empty((rows, page), np.float32)
     power = np.empty(page, np.float32)
     top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -213,9 +211,9 @@ def _attend(
                 total[r], top[r] = weight, high
                 acc[r] *= fade
             _unpack(v_codes[vp, head, :n], v_low, v_high, values[:n])
-            _widen(v_scale[vp, head, :n], numbers[0])
-            _widen(v_offset[vp, head, :n], numbers[1])
-            _affine(values[:n], numbers[0], numbers[1], v_group)
+            scales = _widen(v_scale[vp, head, :n], numbers[0])
+            offsets = _widen(v_offset[vp, head, :n], numbers[1])
+            _affine(values[:n], scales, offsets, v_group)
             _weigh(scores, values[:n], acc)
         for r in range(rows):
             lse[item, r] = top[r] + np.float32(math.log(total[r])) if total[r] > 0 else np.float32(-np.inf)
