@@ -6,6 +6,7 @@ other has not, at most a window of tokens, is decoded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,14 +53,14 @@ def _ring_tokens(layer: Layer) -> Tensor:
     return torch.where(positions >= torch.tensor(from_, device=layer.device).unsqueeze(-1), positions + sinks, -1)
 
 
-def _odd(layer: Layer, row: int) -> list[int]:
+def _odd(layer: Layer, row: int) -> Sequence[int]:
     """Positions that are neither packed on both sides nor recent on both: pins, and the span between the frontiers."""
     low, high = sorted(track.states[row].frontier for track in layer.tracks)
     pins = {p for track in layer.tracks for p in track.exact.pins[row] if p < low}
-    return [*sorted(pins), *range(low, high)]
+    return [*sorted(pins), *range(low, high)] if pins else range(low, high)
 
 
-def _fetched(layer: Layer, odd: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _fetched(layer: Layer, odd: list[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
     most = max(map(len, odd))
     tokens = torch.full((len(odd), most), -1, device=layer.device)
     sides = []

@@ -169,11 +169,17 @@ class Track:
         decoded = self.codec.decode(self.pool.entries(row, groups, granule))
         place = {group: i * granule for i, group in enumerate(groups)}
         index = [place[slot // granule] + slot % granule for slot in slots]
-        return decoded if index == list(range(decoded.shape[1])) else decoded[:, index]
+        run = range(index[0], index[0] + len(index))
+        return decoded[:, run.start : run.stop] if index == list(run) else decoded[:, index]
 
     def fetch(self, row: int, positions: Sequence[int], maps: SlotMap) -> Tensor:
         """Any stored positions of one row, (H, n, D): exact where kept exact, otherwise decoded."""
         exact, frontier, pins = self.exact, self.states[row].frontier, self.exact.pins[row]
+        if isinstance(positions, range) and not pins:  # the span between two frontiers, at every step: no indexing
+            if positions.start >= frontier:
+                return exact.get([row], positions.start, positions.stop)[0]
+            if positions.stop <= frontier:
+                return self.decode(row, [maps.slot_of(p) for p in positions])
         out = exact.ring.new_empty(exact.ring.shape[1], len(positions), self.dim)
         recent = [i for i, p in enumerate(positions) if p >= frontier]
         pinned = [i for i, p in enumerate(positions) if p < frontier and p in pins]
