@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvist.coding import AbsMax, Codec, Grouping, Slots, Table, Uniform
 from kvist.kernels.attend import attend
-from kvist.kernels.choose import encoder, packed_attention, rotator
+from kvist.kernels.choose import decoder, encoder, exact_attention, packed_attention, rotator
 from kvist.kernels.grid import rotate
 from kvist.methods.parts import per_channel, per_token
 
@@ -26,7 +26,7 @@ PAGE = 128
     exponent=st.integers(-12, 6),
     seed=st.integers(0, 2**16),
 )
-def test_encoder_gives_the_reference_to_the_bit(bits, group, keys, dim, blocks, exponent, seed):
+def test_encoder_and_decoder_give_the_reference_to_the_bit(bits, group, keys, dim, blocks, exponent, seed):
     codec = per_channel(bits, group or 32) if keys else per_token(bits, group)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, blocks * max(codec.granule, 8), dim, generator=generator) * 10.0**exponent
@@ -38,6 +38,8 @@ def test_encoder_gives_the_reference_to_the_bit(bits, group, keys, dim, blocks, 
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
+    back, _ = decoder(codec.traits, CPU)
+    assert torch.equal(back(found), codec._decoded(expected))
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 256])
@@ -133,3 +135,20 @@ def test_what_it_does_not_serve_is_named():
     assert function is None and "tokens" in reasons[0]
     function, reasons = packed_attention(uniform.traits, uniform.traits, torch.device("cuda"))
     assert function is None and "cuda" in reasons[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_exact_attention_reads_only_what_is_visible(dtype, softcap):
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, 2, 37, 40).to(dtype) for _ in range(2))
+    q, visible = torch.randn(2, 6, 3, 40), torch.rand(2, 1, 3, 37) < 0.5
+    visible[..., 30:] = False
+    visible[1, :, 2] = False  # a query that sees nothing
+    expected = attend(q, k, v, 0.4, visible, softcap=softcap)
+    k[:, :, 30:], v[:, :, 30:] = torch.nan, torch.nan
+    fast, _ = exact_attention(CPU)
+    out, lse = fast(q, k, v, visible, 0.4, softcap)
+    torch.testing.assert_close(out, expected.out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, expected.lse, rtol=1e-5, atol=1e-6)
+    assert (lse[1, :, 2] == -torch.inf).all() and (out[1, :, 2] == 0).all()

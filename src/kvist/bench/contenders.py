@@ -58,10 +58,17 @@ def _random(heads: int, tokens: int) -> Tensor:
     return torch.randn(1, heads, tokens, DIM, dtype=torch.bfloat16)
 
 
-def dynamic() -> Contender:
-    """transformers' DynamicCache under SDPA with grouped queries, its best public setting on a CPU."""
+def dynamic(masked: bool = False) -> Contender:
+    """transformers' DynamicCache under SDPA with grouped queries, as it runs a single row (`enable_gqa`); `masked`, as
+    it runs when there is a mask: the queries of a group packed as rows, much the faster of the two on a CPU."""
     cache = DynamicCache()
-    return Contender("dynamic", cache, sdpa_attention_forward, lambda n: None, lambda: _held(cache))
+
+    def packed(module, query: Tensor, keys: Tensor, values: Tensor, mask: None, **kwargs) -> tuple[Tensor, None]:
+        everything = torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool)
+        return sdpa_attention_forward(module, query, keys, values, everything, **kwargs)
+
+    attention = packed if masked else sdpa_attention_forward
+    return Contender("dynamic", cache, attention, lambda n: None, lambda: _held(cache))
 
 
 def quantized(backend: str, bits: int) -> Contender:

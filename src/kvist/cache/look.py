@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvist.cache.rows import Rows
 from kvist.kernels.attend import Partial, attend
+from kvist.kernels.choose import exact_attention
 from kvist.types import HOLD
 
 QUERIES = 512  # query rows that are scored at a time
@@ -57,13 +58,21 @@ class Look(NamedTuple):
 
 
 def attend_tiled(q: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, look: Look, shift: int = 0) -> Partial:
-    """Attention of queries (B, Hq, M, D), the first being number `shift`, to tokens (B, N), some rows at a time."""
-    if q.shape[2] <= QUERIES:
+    """Attention of queries (B, Hq, M, D), the first being number `shift`, to tokens (B, N), some rows at a time.
+
+    keys, values (B, Hk, N, D) may hold anything where `tokens` is -1.
+    """
+    fast, _ = exact_attention(q.device)
+    if fast is not None and q.shape[2] <= HOLD:
         visible, bias = look.at(tokens, shift, shift + q.shape[2])
-        return attend(q, keys, values, look.scale, visible, bias, look.softcap)
+        if bias is None and visible.shape[1] == 1:
+            return fast(q, keys, values, visible, look.scale, look.softcap)
+    values = values.masked_fill((tokens < 0)[:, None, :, None], 0)
     parts = []
     for first in range(0, q.shape[2], QUERIES):
         last = min(first + QUERIES, q.shape[2])
         visible, bias = look.at(tokens, shift + first, shift + last)
         parts.append(attend(q[:, :, first:last], keys, values, look.scale, visible, bias, look.softcap))
+    if len(parts) == 1:
+        return parts[0]
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))

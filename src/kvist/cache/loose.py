@@ -17,30 +17,26 @@ if TYPE_CHECKING:
 
 
 class Loose(NamedTuple):
-    """Exact tokens in any order, with the span where only one side is packed (that side decoded).
-
-    keys, values (B, H, N, D); tokens (B, N) int64: the number of each token in its row, -1 for nothing.
-    """
+    """Some tokens that are at hand as tensors: keys, values (B, H, N, D) and tokens (B, N) int64, the number of each
+    token in its row, -1 where there is none; keys and values may hold anything there."""
 
     keys: Tensor
     values: Tensor
     tokens: Tensor
 
-    @classmethod
-    def of(cls, layer: Layer) -> Loose:
-        ring = _ring_tokens(layer)
-        parts = [(layer.key.exact.ring, layer.value.exact.ring, ring)]
-        odd = [_odd(layer, row) for row in range(layer.batch_size)]
-        if any(odd):
-            parts.append(_fetched(layer, odd))
-        if layer.plan.sinks:
-            numbers = torch.arange(layer.plan.sinks, device=layer.device)
-            lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
-            parts.append((layer.key.exact.sinks, layer.value.exact.sinks, torch.where(numbers < lengths, numbers, -1)))
-        keys, values, tokens = (list(x) for x in zip(*parts, strict=True))
-        tokens = torch.cat(tokens, 1)
-        values = torch.cat(values, 2).masked_fill_((tokens < 0)[:, None, :, None], 0)  # unused room may hold anything
-        return cls(keys[0] if len(keys) == 1 else torch.cat(keys, 2), values, tokens)
+
+def loose(layer: Layer) -> list[Loose]:
+    """All tokens of a layer but those packed on both sides and not pinned, each once."""
+    parts = [Loose(layer.key.exact.ring, layer.value.exact.ring, _ring_tokens(layer))]
+    odd = [_odd(layer, row) for row in range(layer.batch_size)]
+    if any(odd):
+        parts.append(_fetched(layer, odd))
+    if layer.plan.sinks:
+        numbers = torch.arange(layer.plan.sinks, device=layer.device)
+        lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
+        tokens = torch.where(numbers < lengths, numbers, -1)
+        parts.append(Loose(layer.key.exact.sinks, layer.value.exact.sinks, tokens))
+    return parts
 
 
 def _ring_tokens(layer: Layer) -> Tensor:
@@ -60,7 +56,7 @@ def _odd(layer: Layer, row: int) -> Sequence[int]:
     return [*sorted(pins), *range(low, high)] if pins else range(low, high)
 
 
-def _fetched(layer: Layer, odd: list[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _fetched(layer: Layer, odd: list[Sequence[int]]) -> Loose:
     most = max(map(len, odd))
     tokens = torch.full((len(odd), most), -1, device=layer.device)
     sides = []
@@ -70,4 +66,4 @@ def _fetched(layer: Layer, odd: list[Sequence[int]]) -> tuple[Tensor, Tensor, Te
             side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
             tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
         sides.append(side)
-    return *sides, tokens
+    return Loose(*sides, tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvist.cache.look import QUERIES, Look, attend_tiled
-from kvist.cache.loose import Loose
+from kvist.cache.loose import Loose, loose
 from kvist.kernels.attend import Partial, merge
 from kvist.kernels.choose import packed_attention
 from kvist.types import HOLD
@@ -48,10 +48,9 @@ class View:
         self.both = [min(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
         self.limits = [maps.slot(p) for maps, p in zip(layer.maps, self.both, strict=True)]
         self.skip = layer.skip()
-        self._loose: Loose | None = None
+        self._loose: list[Loose] | None = None
         if chunk:  # the append that follows writes into the rings
-            loose = Loose.of(layer)
-            self._loose = loose._replace(keys=loose.keys.clone())
+            self._loose = [Loose(*(x.clone() for x in part)) for part in loose(layer)]
         self._version = layer.version + (1 if chunk else 0)
 
     @classmethod
@@ -69,11 +68,11 @@ class View:
         return len(self.lengths), shape.heads, self.slots, (shape.key_dim, shape.value_dim)[side]
 
     @property
-    def loose(self) -> Loose:
+    def loose(self) -> list[Loose]:
         if self._version != self.layer.version:
             raise RuntimeError("this view of the cache is out of date: the cache was changed after it was handed out")
         if self._loose is None:
-            self._loose = Loose.of(self.layer)
+            self._loose = loose(self.layer)
         return self._loose
 
     def attend(
@@ -105,10 +104,10 @@ class View:
         softcap: float | None,
         sink: Tensor | None,
     ) -> Tensor:
-        loose, q = self.loose, query.float()
+        parts, q = self.loose, query.float()
         horizon = self._horizon(query.shape[2]) if causal and query.shape[2] > 1 else None
         look = Look(scale, softcap, mask, horizon, self.rows, self.slots, self.lengths)
-        partials = [attend_tiled(q, loose.keys, loose.values, loose.tokens, look)]
+        partials = [attend_tiled(q, *part, look) for part in parts]
         if any(self.limits):
             partials.append(self._packed_part(q, look))
         if self.chunk is not None:
@@ -163,7 +162,7 @@ class View:
                 track.codec.decode(track.pool.gather(table[:, first:last]), inverse=False)
                 for track, table in zip(layer.tracks, tables, strict=True)
             )
-            yield keys, values.masked_fill((tokens < 0)[:, None, :, None], 0), tokens
+            yield keys, values, tokens
 
     def _tokens(self, start: int, stop: int) -> Tensor:
         """Token numbers of packed slots [start, stop), (B, n); -1 where a slot holds none, or one kept exact."""
@@ -203,12 +202,13 @@ class View:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
         if self._exactly_ring():
             return self.layer.tracks[side].exact.ring[:, :, : self.slots]
-        loose = self.loose
+        parts = self.loose
         out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
         codec = self.layer.tracks[side].codec
         for *sides, tokens in self._tiles(PROMPT_TILE) if any(self.limits) else ():
             self._place(out, codec.transform.inverse(sides[side]), tokens)
-        self._place(out, (loose.keys, loose.values)[side], loose.tokens)
+        for part in parts:
+            self._place(out, part[side], part.tokens)
         if self.chunk is not None:
             for row in range(len(self.lengths)):
                 for offset, count in self.rows.columns(row, self.past, self.slots):

@@ -10,7 +10,7 @@ from kvist.coding.outliers import NoOutliers, Outliers, Slots
 from kvist.coding.ranges import Fixed, MinMax, Range
 from kvist.coding.transforms import Identity, Transform
 from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
-from kvist.kernels.choose import Traits, encoder
+from kvist.kernels.choose import Traits, decoder, encoder
 from kvist.kernels.grid import narrow, normalise
 from kvist.types import ArraySpec, Part
 
@@ -111,18 +111,24 @@ class Codec(Part):
         the transformed space, where attention reads them."""
         if self.raw:
             return arrays["values"]
+        fast, _ = decoder(self.traits, arrays["codes"].device)
+        x = self._decoded(arrays) if fast is None else fast(arrays)
+        return self.transform.inverse(x) if inverse else x
+
+    def _decoded(self, arrays: Arrays) -> Tensor:
+        """`decode`, in the transformed space, by torch alone."""
         codes = self._entries(unpack(arrays["codes"], self.levels.bits))
         dim = codes.shape[-1]
         if isinstance(self.range, Fixed):
             scale, offset = self._fixed(codes.flatten(-3, -2))
         else:
             scale, offset = self._affine(arrays, dim)
-        x = torch.addcmul(offset.float(), self.ladder.point(codes), scale.float()).flatten(-3, -2)
+        x = (self.ladder.point(codes) * scale.float() + offset.float()).flatten(-3, -2)
         if self.outliers.slots:
             flat = x.movedim(-3, -2).flatten(-2)
             flat = flat.scatter(-1, arrays["channel"].long(), arrays["outlier"].float())
             x = flat.unflatten(-1, (x.shape[-3], dim)).movedim(-2, -3)
-        return self.transform.inverse(x) if inverse else x
+        return x
 
     def _entries(self, x: Tensor) -> Tensor:
         """(..., H, T, D) to (..., H, T/granule, granule, D)."""

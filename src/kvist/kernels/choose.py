@@ -36,9 +36,35 @@ def encoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tupl
     reasons = _available(device) or _unserved("values", traits)
     if reasons:
         return None, tuple(reasons)
-    from kvist.kernels.encode_numba import encode
+    from kvist.kernels.codec_numba import encode
 
     return partial(encode, traits), ()
+
+
+@cache
+def decoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """The fast decoder and (), or None and the reasons why only the reference serves. It takes the arrays of the
+    codec's layout and returns values (..., H, T, D), fp32, in the transformed space, the same to the bit."""
+    reasons = _available(device) or _unserved("values", traits)
+    if reasons:
+        return None, tuple(reasons)
+    from kvist.kernels.codec_numba import decode
+
+    return partial(decode, traits), ()
+
+
+@cache
+def exact_attention(device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """Fast attention of a few queries to a few exact tokens and (), or None and the reasons why the reference serves.
+
+    It takes queries (B, Hq, M, D) fp32, keys and values (B, Hk, N, D) of any float type, visible (B, 1, 1 or M, N)
+    bool, the scale of scores and a soft cap or None; what is invisible may hold anything. It returns a `Partial`.
+    """
+    if reasons := _available(device):
+        return None, tuple(reasons)
+    from kvist.kernels.exact_numba import attend_exact
+
+    return attend_exact, ()
 
 
 @cache
@@ -46,7 +72,7 @@ def rotator(device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast `grid.rotate`, the same to the bit, and (), or None and the reasons."""
     if reasons := _available(device):
         return None, tuple(reasons)
-    from kvist.kernels.encode_numba import rotate
+    from kvist.kernels.codec_numba import rotate
 
     return rotate, ()
 

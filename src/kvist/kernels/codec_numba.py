@@ -1,6 +1,7 @@
-"""Grouped min-max rounding on a CPU: the same codes, scales and offsets as the reference in `coding`, in two passes.
+"""Grouped min-max rounding and its inverse on a CPU: to the bit what the reference in `coding` gives.
 
-The first finds the extremes of each group; torch narrows them to fp16; the second divides, rounds and packs.
+Encoding takes two passes over a tile. The first finds the extremes of each group; torch narrows them to fp16; the
+second divides, rounds and packs. Decoding takes one. The Hadamard rotation is here too.
 """
 
 import numpy as np
@@ -126,3 +127,46 @@ def encode(traits, x: Tensor) -> dict[str, Tensor]:
     _codes(source, *numbers, low_bits, high_bits, codes.numpy())
     named = {"codes": codes, "scale": scale, "offset": offset}
     return {name: array.view(*lead, *array.shape[1:]) for name, array in named.items()}
+
+
+@njit(**_EXACT)
+def _decode(codes, scale, offset, group, along_tokens, low, high, out):
+    """Packed codes (N, T, D·bits/8), fp32 scale and offset, to values (N, T, D)."""
+    dim = out.shape[2]
+    size, rest = dim * low // 8, dim * high // 8
+    for n in range(out.shape[0]):
+        for t in range(out.shape[1]):
+            row, source = out[n, t], codes[n, t]
+            for s in range(8 // low):
+                part, shift, mask = row[s * size : (s + 1) * size], np.int32(s * low), np.int32((1 << low) - 1)
+                for w in range(size):
+                    part[w] = np.float32((np.int32(source[w]) >> shift) & mask)
+            if high:
+                upper, mask, weight = source[size:], np.int32((1 << high) - 1), np.float32(1 << low)
+                for s in range(8 // high):
+                    part, shift = row[s * rest : (s + 1) * rest], np.int32(s * high)
+                    for w in range(rest):
+                        part[w] += weight * np.float32((np.int32(upper[w]) >> shift) & mask)
+            if along_tokens:
+                a, b = scale[n, t // group], offset[n, t // group]
+                for d in range(dim):
+                    row[d] = row[d] * a[d] + b[d]
+            else:
+                for g in range(scale.shape[2]):
+                    part, a1, b1 = row[g * group : min((g + 1) * group, dim)], scale[n, t, g], offset[n, t, g]
+                    for d in range(part.shape[0]):
+                        part[d] = part[d] * a1 + b1
+
+
+def decode(traits, arrays: dict[str, Tensor]) -> Tensor:
+    """The arrays of `Codec.layout` to values (..., H, T, D), fp32, in the transformed space."""
+    codes = arrays["codes"]
+    lead, (tokens, size) = codes.shape[:-2], codes.shape[-2:]
+    dim = size * 8 // traits.bits
+    flat = codes.reshape(-1, tokens, size).contiguous()
+    out = torch.empty(flat.shape[0], tokens, dim)
+    scale, offset = (arrays[n].reshape(-1, *arrays[n].shape[-2:]).float().contiguous() for n in ("scale", "offset"))
+    low, high = (*PLANES[traits.bits], 0)[:2]
+    numbers = (scale.numpy(), offset.numpy(), traits.group or dim, traits.along == "tokens", low, high)
+    _decode(flat.numpy(), *numbers, out.numpy())
+    return out.view(*lead, tokens, dim)

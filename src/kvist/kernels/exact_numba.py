@@ -1,0 +1,106 @@
+"""Attention of a few queries to a few exact tokens on a CPU: windows, sinks, pins, where torch's overhead would rule.
+
+Works on the rings as they lie, in the model's own type: no copy, no conversion, and no room beyond the output.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from kvist.kernels.attend import Partial
+
+_FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+FLOAT, HALF, BRAIN = 0, 1, 2  # fp32; fp16 and bf16 as their bits
+KINDS = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BRAIN}
+
+
+@njit(**_FAST)
+def _load(source, kind, out):
+    """One token (D,) to fp32."""
+    bits = out.view(np.int32)
+    if kind == BRAIN:
+        for d in range(out.shape[0]):
+            bits[d] = np.int32(source[d]) << np.int32(16)
+        return
+    for d in range(out.shape[0]):
+        bits[d] = (np.int32(source[d]) & np.int32(0x7FFF)) << np.int32(13)
+    for d in range(out.shape[0]):
+        infinite = (source[d] & 0x7C00) == 0x7C00
+        sign = np.float32(1.0) - np.float32((np.int32(source[d]) >> 15) & 1) * np.float32(2.0)
+        out[d] = np.float32(np.inf) * sign if infinite else out[d] * np.float32(2.0**112) * sign
+
+
+@njit(**_FAST)
+def _scores(q, x, row, scale, softcap, scores):
+    for r in range(q.shape[0]):
+        query, total = q[r], np.float32(0.0)
+        for d in range(x.shape[0]):
+            total += query[d] * x[d]
+        total *= scale
+        scores[r, row] = np.float32(math.tanh(total / softcap) * softcap) if softcap > 0 else total
+
+
+@njit(**_FAST)
+def _attend(q, keys, values, kind, visible, scale, softcap, out, lse):
+    """q (B, H, R, D); keys, values (B, H, N, D); visible (B, 1 or M, N), query row r being number r mod M."""
+    batch, heads, rows, dim = q.shape
+    tokens, queries = keys.shape[2], visible.shape[1]
+    x = np.empty(max(dim, values.shape[3]), np.float32)
+    scores = np.empty((rows, tokens), np.float32)
+    for b in range(batch):
+        for h in range(heads):
+            scores[:] = np.float32(-np.inf)
+            acc, limit = out[b, h], lse[b, h]
+            for t in range(tokens):
+                if visible[b, :, t].any():
+                    if kind == FLOAT:
+                        _scores(q[b, h], keys[b, h, t].view(np.float32), t, scale, softcap, scores)
+                    else:
+                        _load(keys[b, h, t], kind, x[:dim])
+                        _scores(q[b, h], x[:dim], t, scale, softcap, scores)
+            for r in range(rows):
+                seen, line = visible[b, r % queries], scores[r]
+                top = np.float32(-np.inf)
+                for t in range(tokens):
+                    if seen[t]:
+                        top = max(top, line[t])
+                total = np.float32(0.0)
+                for t in range(tokens):
+                    weight = np.float32(math.exp(line[t] - top)) if seen[t] and top > -np.inf else np.float32(0.0)
+                    line[t] = weight
+                    total += weight
+                norm = np.float32(1.0) / total if total > 0 else np.float32(0.0)
+                for t in range(tokens):
+                    line[t] *= norm
+                limit[r] = top + np.float32(math.log(total)) if total > 0 else np.float32(-np.inf)
+            for t in range(tokens):
+                if not visible[b, :, t].any():
+                    continue
+                value = x[: values.shape[3]]
+                if kind == FLOAT:
+                    value = values[b, h, t].view(np.float32)
+                else:
+                    _load(values[b, h, t], kind, value)
+                for r in range(rows):
+                    weight, sums = scores[r, t], acc[r]
+                    if weight > 0:
+                        for d in range(value.shape[0]):
+                            sums[d] += weight * value[d]
+
+
+def attend_exact(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> Partial:
+    """See `choose.exact_attention`."""
+    batch, heads, queries, dim = q.shape
+    grouped = q.reshape(batch, keys.shape[1], -1, dim).numpy()
+    out = torch.zeros(*grouped.shape[:3], values.shape[-1])
+    lse = torch.empty(grouped.shape[:3])
+    seen = visible.squeeze(1).contiguous().numpy()
+    kind = KINDS[keys.dtype]
+    raw = (x.view(torch.int32 if kind == FLOAT else torch.int16).numpy() for x in (keys, values))
+    _attend(grouped, *raw, kind, seen, np.float32(scale), np.float32(softcap or 0.0), out.numpy(), lse.numpy())
+    return Partial(out.view(batch, heads, queries, -1), lse.view(batch, heads, queries))
