@@ -1,5 +1,6 @@
 """The program `kvist` and its verbs."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -38,6 +39,10 @@ def kvist(
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
+    if ctx.invoked_subcommand != "bench":
+        # OpenMP's idle threads spin for milliseconds on cores that the packed attention wants. It must be said before
+        # torch is loaded; the benchmarks measure what a user has by default.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 app.command("methods")(methods.catalogue)

@@ -1,6 +1,5 @@
 """`kvist demo`: the bundled model answers questions under every method."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +24,6 @@ def demo(
 
     Example: kvist demo --method kivi:2 --method 'kivi k=2 v=4' --questions 24
     """
-    # Threads that spin while they wait cost a busy machine minutes; it must be said before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from kvist.methods import names, parse
 
     texts = list(dict.fromkeys(["exact", *(method or sorted([*map(_with_bits, names()), *VARIANTS]))]))

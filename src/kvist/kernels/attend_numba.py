@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
+from itertools import count
 from typing import cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from kvist.kernels.attend import Partial
 from kvist.kernels.bits import PLANES
 
-MIN_SPLIT = 8  # pages: below this a further thread costs more than it brings
+PIECE = 32  # pages: long enough to make handing it out cheap, short enough to share the work evenly
 _FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 
 
@@ -226,11 +226,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _split(limits: list[int], heads: int, page: int, threads: int) -> np.ndarray:
-    """Work as (row, head, first page, last page), cut finer where there are more threads than rows times heads."""
-    parts, items = threads // math.gcd(len(limits) * heads, threads), []
+    """Work as (row, head, first page, last page): whole rows for one thread, otherwise pieces that threads draw."""
+    items = []
     for row, limit in enumerate(limits):
         pages = -(-limit // page)
-        step = max(MIN_SPLIT, -(-pages // parts))
+        step = PIECE if threads > 1 else max(1, pages)
         items += [(row, h, a, min(a + step, pages)) for h in range(heads) for a in range(0, pages, step)]
     return np.array(items, np.int64).reshape(-1, 4)
 
@@ -257,12 +257,16 @@ def attend_pages(
 
 
 def _spread(call: tuple, work: np.ndarray, out: np.ndarray, lse: np.ndarray) -> None:
+    """All threads draw pieces until none is left: one that shares its core with somebody else draws fewer."""
+    run, drawn = cast(Callable, _attend), count()
+
+    def draw() -> None:
+        while (i := next(drawn)) < len(work):
+            run(*call, work[i : i + 1], out[i : i + 1], lse[i : i + 1])
+
     threads = max(1, min(torch.get_num_threads(), len(work)))
-    cuts = np.linspace(0, len(work), threads + 1).astype(int)
-    parts = [(*call, work[a:b], out[a:b], lse[a:b]) for a, b in pairwise(cuts)]
-    run = cast(Callable, _attend)
-    waiting = [_threads(threads - 1).submit(run, *part) for part in parts[1:]]
-    run(*parts[0])
+    waiting = [_threads(threads - 1).submit(draw) for _ in range(threads - 1)]
+    draw()
     for future in waiting:
         future.result()
 
