@@ -36,8 +36,9 @@ class Allocation(Part):
         """Read {"k": [...], "v": [...]}."""
         try:
             return cls.model_validate_json(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"expected an allocation's JSON file at {path}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ValueError(f"expected an allocation's JSON file at {path}: {reason}") from None
         except ValidationError as error:
             raise ValueError(
                 f'{path} is not an allocation such as {{"k": [2], "v": [2]}}: {error.errors()[0]["msg"]}'

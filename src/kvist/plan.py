@@ -13,10 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 from kvist.atomic import replacing
 from kvist.coding import Codec
 from kvist.retention import KeepAll, Retention
-from kvist.types import HOLD, MIN_PAGE, Geometry, Part, ladder
+from kvist.types import HOLD, MIN_PAGE, POOL_STEP, Geometry, Part, ladder
 
 FORMAT = 1
-POOL_STEP = 8  # pages
 TABLE_STEP = 16  # entries
 RING_STEP = 64  # tokens, of a window that has no bound
 
@@ -85,7 +84,7 @@ class LayerPlan(Part):
 
     @property
     def page(self) -> int:
-        """The shortest page, in tokens, that holds whole groups of both sides."""
+        """The shortest page, in tokens, that this layer asks for."""
         return max(MIN_PAGE, self.granule)
 
     def ring(self, waiting: int, reserve: int = 0) -> int:
@@ -138,6 +137,20 @@ class Recipe(Part):
     layers: tuple[LayerPlan, ...] = Field(min_length=1)
     prefill: Literal["exact", "stored"] = "exact"
     format: Literal[1] = FORMAT
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Recipe":
+        for granule in {side.codec.granule for plan in self.layers for side in plan.sides}:
+            if self.page % granule:
+                raise ValueError(f"groups of {granule} tokens do not fill pages of {self.page}; use 32, 64 or 128")
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be fitted before the recipe can be used; nothing for most."""
+        codecs = [side.codec for plan in self.layers for side in plan.sides]
+        fitted = {"table": "a fitted table", "fixed": "fitted ranges"}
+        return tuple(sorted({fitted[k] for c in codecs for k in (c.levels.kind, c.range.kind) if k in fitted}))
 
     @property
     def page(self) -> int:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 HOLD = 32  # tokens of the last update that stay exact until the next one, so that `crop(-k)`, k <= 32, is exact
 GROWTH = 1.25
 MIN_PAGE = 64  # tokens
+POOL_STEP = 8  # pages
 
 
 class Part(BaseModel):

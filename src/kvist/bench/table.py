@@ -1,6 +1,7 @@
 """Results of a benchmark: a JSON file written whole, and a table."""
 
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def machine() -> dict:
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

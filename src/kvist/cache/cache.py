@@ -26,8 +26,9 @@ class Cache(TransformersCache):
     attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for
     which room is set aside at the first update; the cache grows beyond it when it must.
 
-    It is for inference: a backward pass through it is refused. It listens to `model` for padding masks, through a hook
-    that `close()` removes. Layers with a window of their own (sliding attention) keep transformers' own cache.
+    It is for inference: what it stores has no history, and a backward pass through packed attention is refused. It
+    listens to `model` for padding masks, through a hook that `close()` removes. Layers with a window of their own
+    (sliding attention) keep transformers' own cache.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Cache(TransformersCache):
         """
         past = self.ours[0].slots
         self.rows.crop(past)
+        self.rows.check(batch)
         real = None
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -87,12 +89,15 @@ class Cache(TransformersCache):
                 real = None
         self.rows.extend(batch, slots, real)
 
-    def _agree(self, mask: Tensor) -> None:
+    def _check_steps(self) -> None:
         if self._padded_step is not None and bool(self._padded_step):
             raise ValueError(
                 "a decode step masked its own token on the accelerator, where masks of single steps are not read; "
                 "kvist stored it as a token: pass such steps as chunks of two or more"
             )
+
+    def _agree(self, mask: Tensor) -> None:
+        self._check_steps()
         mask = mask.bool().cpu()
         if self.rows.dense(mask.shape[1]):
             same = bool(mask.all())
@@ -117,14 +122,19 @@ class Cache(TransformersCache):
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
-            raise RuntimeError(
-                "layers of the cache are out of step, probably after a forward that failed; call reset()"
-            )
+            raise RuntimeError("layers of the cache are out of step, probably after a forward that failed; call mend()")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
         super().reset()
         self.rows.runs, self.rows.slots, self._padded_step = [], 0, None
+
+    def mend(self) -> None:
+        """After a forward that was interrupted: forget what only some of the layers were given."""
+        held = min(layer.slots for layer in self.ours)
+        for layer in self.ours:
+            layer.crop(held - layer.slots)
+        self.rows.crop(held)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k)."""
@@ -151,12 +161,14 @@ class Cache(TransformersCache):
 
     def report(self) -> report.Report:
         """Bytes used and allocated, itemised; bits per element; tokens packed and exact. Measured from the tensors."""
+        self._check_steps()
         return report.measure(self.recipe.name, self.layers)
 
     def save(self, path: str | Path) -> None:
         """Write everything stored to one safetensors file, atomically."""
         from kvist.cache.files import save
 
+        self._check_steps()
         save(self, path)
 
     @classmethod
@@ -172,7 +184,9 @@ class Cache(TransformersCache):
         skipped = ("close", "_model")
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
         model = self._model()
-        if model is not None:
+        if model is None:
+            twin._model, twin.close = self._model, self.close
+        else:
             twin._listen(model)
         return twin
 

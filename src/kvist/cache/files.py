@@ -4,6 +4,7 @@ Only what holds tokens is written: pages in use, each once however many rows sha
 refused, with the reason, where format, model, weights or recipe differ from what it was made with.
 """
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -52,46 +53,55 @@ def save(cache, path: str | Path) -> None:
         "runs": cache.rows.runs,
         "layers": layers,
     }
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps(header)
     with replacing(path) as scratch:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch, {"kvist": json.dumps(header)})
+        save_file(tensors, scratch, {"kvist": text, "digest": _digest(text, tensors)})
 
 
 def load(cls, path: str | Path, model, recipe: Recipe | None):
-    """The cache in `path`, for `model`; with `recipe`, only if it was made with that one."""
+    """The cache in `path`, for `model`; with `recipe`, only if it was made with that one (`prefill` may differ)."""
     header, tensors = _read(Path(path))
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has cache format {header.get('format')}, this version of kvist reads format {FORMAT}; make it anew"
-        )
     if header["model"] != model.config.model_type or header["weights"] != fingerprint(model):
         raise ValueError(
             f"{path} was made with other weights (a {header['model']} model); load it with the model that made it"
         )
     made = Recipe.model_validate(header["recipe"])
-    if recipe is not None and recipe != made.model_copy(update={"prefill": recipe.prefill}):
-        raise ValueError(f"{path} was made with another recipe ({made}); leave the method out to use that one")
+    if recipe is not None:
+        if recipe.model_copy(update={"prefill": made.prefill}) != made:
+            raise ValueError(f"{path} was made with another recipe ({made.name}); leave the method out to use that one")
+        made = recipe
     cache = cls(model, made, reserve=header["reserve"])
     cache.rows.slots = header["slots"]
     cache.rows.runs = [[Run(*run) for run in runs] for runs in header["runs"]]
-    try:
-        for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            _load_layer(
-                layer, state, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
-            )
-    except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
+        _load_layer(layer, state, own, model.device)
     return cache
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("kvist")
-            if text is None:
-                raise ValueError(f"{path} is a safetensors file but not a kvist cache")
-            return json.loads(text), {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"expected a cache written by kvist at {path}, found none that can be read: {error}") from None
+    if "kvist" not in about:
+        raise ValueError(f"{path} is a safetensors file but not a kvist cache")
+    if about.get("digest") != _digest(about["kvist"], tensors):
+        raise ValueError(f"{path} is damaged: its contents do not have the checksum that they were written with")
+    header = json.loads(about["kvist"])
+    if header["format"] != FORMAT:
+        raise ValueError(f"{path} has cache format {header['format']}, kvist reads {FORMAT}; make the cache anew")
+    return header, tensors
 
 
 def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
@@ -114,13 +124,16 @@ def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
         "maps": [maps.runs for maps in layer.maps],
         "tracks": [],
     }
+    behind = [layer.behind(row) for row in range(layer.batch_size)]
     for name, track in zip(("key.", "value."), layer.tracks, strict=True):
-        state["tracks"].append(_save_track(track, prefix + name, tensors))
+        state["tracks"].append(_save_track(track, behind, prefix + name, tensors))
     return state
 
 
-def _save_track(track: Track, prefix: str, tensors: dict[str, Tensor]) -> dict:
-    pool, exact = track.pool, track.exact
+def _save_track(track: Track, behind: list[int], prefix: str, tensors: dict[str, Tensor]) -> dict:
+    pool, exact = track.pool, copy.copy(track.exact)
+    capacity, waiting = exact.capacity, [n - f for n, f in zip(behind, track.frontiers, strict=True)]
+    exact.resize(max(waiting), track.frontiers, behind)  # of the copy: only what holds tokens
     used = sorted({page for table in pool.tables for page in table})
     order = {page: i for i, page in enumerate(used)}
     tensors |= {f"{prefix}pages.{name}": array[used] for name, array in pool.arrays.items()}
@@ -129,11 +142,13 @@ def _save_track(track: Track, prefix: str, tensors: dict[str, Tensor]) -> dict:
         "states": [[state.decided, state.frontier] for state in track.states],
         "tables": [[order[page] for page in table] for table in pool.tables],
         "pins": [list(pins.items()) for pins in exact.pins],
+        "capacity": capacity,
     }
 
 
-def _load_layer(layer, state: dict, tensors: dict[str, Tensor]) -> None:
+def _load_layer(layer, state: dict, tensors: dict[str, Tensor], device: torch.device) -> None:
     if not isinstance(layer, Layer):
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if "keys" in tensors:
             layer.lazy_initialization(tensors["keys"], tensors["values"])
         vars(layer).update(state | tensors)
@@ -147,15 +162,17 @@ def _load_layer(layer, state: dict, tensors: dict[str, Tensor]) -> None:
     layer.lengths = state["lengths"]
     layer.maps = [SlotMap(runs) for runs in state["maps"]]
     for name, track, saved in zip(("key.", "value."), layer.tracks, state["tracks"], strict=True):
-        _load_track(track, saved, {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+        behind = [layer.behind(row) for row in range(batch)]
+        _load_track(track, behind, saved, {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
 
 
-def _load_track(track: Track, saved: dict, tensors: dict[str, Tensor]) -> None:
+def _load_track(track: Track, behind: list[int], saved: dict, tensors: dict[str, Tensor]) -> None:
     pool, exact = track.pool, track.exact
     track.states = [State(*state) for state in saved["states"]]
     # own, aligned memory: a mapped file is neither, and vector code rounds otherwise where memory is not aligned
     exact.sinks, exact.pinned, exact.ring = (tensors[name].clone() for name in ("sinks", "pinned", "ring"))
     exact.pins = [dict(pins) for pins in saved["pins"]]
+    exact.resize(saved["capacity"], track.frontiers, behind)
     count = 1 + max((page for table in saved["tables"] for page in table), default=-1)
     if not pool.specs:
         return

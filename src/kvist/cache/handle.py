@@ -55,6 +55,8 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     if not paired or (key.side, value.side) != (0, 1) or dropout_p or is_causal or isinstance(query, Handle):
         return None
     heads = key.shape[1]
+    if query.dim() == 4 and query.shape[::3] != key.shape[::3]:  # another batch or head size: stock broadcasting
+        return None
     grouped = heads == 1 or (enable_gqa and query.shape[1] % heads == 0)  # a single head is broadcast
     if query.dim() != 4 or (query.shape[1] != heads and not grouped):
         return None

@@ -4,6 +4,7 @@ Order of an update: settle what earlier updates left to be packed, append the ne
 update that no crop of up to `HOLD` tokens can reach, and hand out views of what is stored.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -35,10 +36,13 @@ class Layer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything and free the storage."""
         self.is_initialized = False
+        for name in ("key", "value"):
+            self.__dict__.pop(name, None)
         self.slots = self.updates = 0
         self.settled = True
         self.version = 0  # counts changes, so that a view knows when it is out of date
         self._skip: Tensor | None = None
+        self._skipped: tuple = ()  # the state that the skip mask was made from
         self.lengths: list[int] = []
         self.maps: list[SlotMap] = []
 
@@ -73,6 +77,8 @@ class Layer(CacheLayerMixin):
         """Tokens of a row behind its sinks."""
         return max(0, self.lengths[row] - self.plan.sinks)
 
+    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
+    @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H, T, D); return keys and values of all slots: tensors where nothing is
         packed, otherwise handles that attention reads packed and anything else reads as dense tensors."""
@@ -84,7 +90,7 @@ class Layer(CacheLayerMixin):
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
         self.settle()
-        long, empty = max(counts) > HOLD, not any(self.lengths)
+        long, empty = max(counts) > HOLD, self.slots == 0
         chunked = long and self.prefill == "exact" and self.plan.packs
         view = View.before(self, key_states, value_states) if chunked and not empty else None
         self._append(key_states.detach(), value_states.detach(), columns, counts)
@@ -110,7 +116,7 @@ class Layer(CacheLayerMixin):
                 source = track.exact.get(rows, start, frontier)
                 track.pack(rows, decided, frontier, source, [self.maps[r] for r in rows], settled=True)
         self._fit(self._waiting(), shrink=True)
-        self._changed()  # pins and frontiers moved: the skip mask is out of date
+        self._changed()
 
     def _append(self, keys: Tensor, values: Tensor, columns: list, counts: list[int]) -> None:
         sinks, maps = self.plan.sinks, self.maps
@@ -163,6 +169,8 @@ class Layer(CacheLayerMixin):
             for track in self.tracks:
                 track.exact.resize(capacity, track.frontiers, [self.behind(r) for r in range(self.batch_size)])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last k slots, k given as -k. Up to `HOLD` tokens of the last update leave no trace; deeper, the
         surviving codes stay, the group they belong to is closed, and a new one starts."""
@@ -189,6 +197,8 @@ class Layer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row i becomes what row indices[i] was."""
         if not self.is_initialized:
@@ -236,7 +246,6 @@ class Layer(CacheLayerMixin):
 
     def _changed(self) -> None:
         self.version += 1
-        self._skip = None
 
     def table_width(self, track: Track) -> int:
         """Entries per row of a track's page table."""
@@ -244,8 +253,13 @@ class Layer(CacheLayerMixin):
 
     def skip(self) -> Tensor | None:
         """Page slots that the packed read leaves out, (B, width·page) bool: pins and holes. None where none are."""
-        if self._skip is None and (self.plan.pinned or any(len(maps.runs) > 1 for maps in self.maps)):
-            width = max(map(self.table_width, self.tracks))
+        if not (self.plan.pinned or any(len(maps.runs) > 1 for maps in self.maps)):
+            return None
+        width = max(map(self.table_width, self.tracks))
+        pins = [list(track.exact.pins[row]) for track in self.tracks for row in range(self.batch_size)]
+        state = (width, pins, [maps.runs for maps in self.maps])
+        if self._skip is None or state != self._skipped:
+            self._skipped = copy.deepcopy(state)
             skip = torch.zeros(self.batch_size, width * self.page, dtype=torch.bool)
             for row, maps in enumerate(self.maps):
                 for start, stop in maps.holes():

@@ -13,6 +13,7 @@ from kvist.kernels.choose import exact_attention
 from kvist.types import HOLD
 
 QUERIES = 512  # query rows that are scored at a time
+FAST_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class Look(NamedTuple):
@@ -50,7 +51,9 @@ class Look(NamedTuple):
         if self.rows.dense(self.slots):
             slots = tokens.clamp_min(0)
         else:
-            slots = torch.stack([self.rows.slot_of(r, tokens.device)[t.clamp_min(0)] for r, t in enumerate(tokens)])
+            none = tokens.new_zeros(1)  # a row without tokens yet still needs a number to look up
+            held = (torch.cat([self.rows.slot_of(row, tokens.device), none]) for row in range(len(tokens)))
+            slots = torch.stack([h[t.clamp_min(0)] for h, t in zip(held, tokens, strict=True)])
         mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., first:last, :]
         index = slots[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
         picked = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, index)
@@ -63,7 +66,8 @@ def attend_tiled(q: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, look: 
     keys, values (B, Hk, N, D) may hold anything where `tokens` is -1.
     """
     fast, _ = exact_attention(q.device)
-    if fast is not None and q.shape[2] <= HOLD:
+    known = FAST_TYPES.issuperset((keys.dtype, values.dtype))
+    if fast is not None and known and q.shape[2] <= HOLD:
         visible, bias = look.at(tokens, shift, shift + q.shape[2])
         if bias is None and visible.shape[1] == 1:
             return fast(q, keys, values, visible, look.scale, look.softcap)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvist.types import ArraySpec
+from kvist.types import POOL_STEP, ArraySpec, ladder
 
 
 class Pool:
@@ -92,7 +92,7 @@ class Pool:
         del table[keep:]
         if after % self.page and before >= keep * self.page:
             if not self.free:
-                self.resize(self.capacity + 1)
+                self.resize(ladder(self.capacity + 1, POOL_STEP))
             self._own(row, keep - 1)
         self._table = None
 

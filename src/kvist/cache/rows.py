@@ -32,16 +32,20 @@ class Rows:
         """Announce the next `slots` slots; real (B, slots), bool, or None where every one is a token."""
         if not self.runs:
             self.runs = [[] for _ in range(batch)]
-        if batch != self.batch:
-            raise ValueError(
-                f"this cache holds {self.batch} rows, found a batch of {batch}; use reset() or a new cache"
-            )
+        self.check(batch)
         flags = None if real is None or bool(real.all()) else real.tolist()
         for row, runs in enumerate(self.runs):
             pieces = [(0, slots)] if flags is None else _stretches(flags[row])
             for start, count in pieces:
                 self._append(runs, self.slots + start, count)
         self.slots += slots
+
+    def check(self, batch: int) -> None:
+        """Refuse another batch than the one that is stored."""
+        if self.runs and batch != self.batch:
+            raise ValueError(
+                f"this cache holds {self.batch} rows, found a batch of {batch}; use reset() or a new cache"
+            )
 
     @staticmethod
     def _append(runs: list[Run], slot: int, count: int) -> None:

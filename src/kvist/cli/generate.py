@@ -106,6 +106,7 @@ class Session:
 
     def interrupted(self) -> None:
         """After Ctrl-C: what the cache holds counts, the rest of the turn does not."""
+        self.cache.mend()
         self._clock.end()
         self._account()
 

@@ -35,7 +35,7 @@ def rows() -> list[dict]:
     for name in names():
         recipe, function = get(name), entry(name)
         bits = {k: recipe.bits_per_element(geometry(), len(recipe.layers), n) for k, n in LENGTHS.items()}
-        needs = sorted(getattr(recipe, "needs", ())) or ["nothing"]
+        needs = list(recipe.needs) or ["nothing"]
         idea = first_sentence(function.__doc__)
         found.append({"name": name, "paper": recipe.paper, "bits": bits, "needs": needs, "idea": idea})
     return found

@@ -31,6 +31,8 @@ class Codec(Part):
     def _check(self) -> "Codec":
         if isinstance(self.levels, Raw) and self.outliers.slots:
             raise ValueError("exact values have no outliers")
+        if isinstance(self.levels, Raw) and not isinstance(self.transform, Identity):
+            raise ValueError("exact values are stored as they come: give them no transform")
         return self
 
     @property

@@ -15,6 +15,7 @@ from kvist.kernels.attend import Partial
 _FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 FLOAT, HALF, BRAIN = 0, 1, 2  # fp32; fp16 and bf16 as their bits
 KINDS = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BRAIN}
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @njit(**_FAST)
@@ -44,7 +45,7 @@ def _scores(q, x, row, scale, softcap, scores):
 
 
 @njit(**_FAST)
-def _attend(q, keys, values, kind, visible, scale, softcap, out, lse):
+def _attend(q, keys, values, k_kind, v_kind, visible, scale, softcap, out, lse):
     """q (B, H, R, D); keys, values (B, H, N, D); visible (B, 1 or M, N), query row r being number r mod M."""
     batch, heads, rows, dim = q.shape
     tokens, queries = keys.shape[2], visible.shape[1]
@@ -56,10 +57,10 @@ def _attend(q, keys, values, kind, visible, scale, softcap, out, lse):
             acc, limit = out[b, h], lse[b, h]
             for t in range(tokens):
                 if visible[b, :, t].any():
-                    if kind == FLOAT:
+                    if k_kind == FLOAT:
                         _scores(q[b, h], keys[b, h, t].view(np.float32), t, scale, softcap, scores)
                     else:
-                        _load(keys[b, h, t], kind, x[:dim])
+                        _load(keys[b, h, t], k_kind, x[:dim])
                         _scores(q[b, h], x[:dim], t, scale, softcap, scores)
             for r in range(rows):
                 seen, line = visible[b, r % queries], scores[r]
@@ -80,10 +81,10 @@ def _attend(q, keys, values, kind, visible, scale, softcap, out, lse):
                 if not visible[b, :, t].any():
                     continue
                 value = x[: values.shape[3]]
-                if kind == FLOAT:
+                if v_kind == FLOAT:
                     value = values[b, h, t].view(np.float32)
                 else:
-                    _load(values[b, h, t], kind, value)
+                    _load(values[b, h, t], v_kind, value)
                 for r in range(rows):
                     weight, sums = scores[r, t], acc[r]
                     if weight > 0:
@@ -100,7 +101,7 @@ def attend_exact(
     out = torch.zeros(*grouped.shape[:3], values.shape[-1])
     lse = torch.empty(grouped.shape[:3])
     seen = visible.squeeze(1).contiguous().numpy()
-    kind = KINDS[keys.dtype]
-    raw = (x.view(torch.int32 if kind == FLOAT else torch.int16).numpy() for x in (keys, values))
-    _attend(grouped, *raw, kind, seen, np.float32(scale), np.float32(softcap or 0.0), out.numpy(), lse.numpy())
+    kinds = [KINDS[x.dtype] for x in (keys, values)]
+    raw = [x.view(BITS[x.dtype]).numpy() for x in (keys, values)]
+    _attend(grouped, *raw, *kinds, seen, np.float32(scale), np.float32(softcap or 0.0), out.numpy(), lse.numpy())
     return Partial(out.view(batch, heads, queries, -1), lse.view(batch, heads, queries))

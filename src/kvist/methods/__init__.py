@@ -55,13 +55,15 @@ def get(name: str, **options) -> Recipe:
     try:
         return function(**options)
     except ValueError as error:  # pydantic's own message names fields of parts: keep its first sentence
-        said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
-        raise ValueError(f"{name}: {said}") from None
+        raise ValueError(f"{name}: {_said(error)}") from None
 
 
 def parse(text: str) -> Recipe:
     """One syntax everywhere: 'kivi k=2 v=4 group=32', the short form 'kivi:2', or the path of a recipe's JSON."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"expected a method such as 'kivi k=2 v=4', found {text!r}: {str(error).lower()}") from None
     if not words:
         raise ValueError("expected a method such as 'kivi:2' or 'kivi k=2 v=4', found nothing")
     head, *rest = words
@@ -88,6 +90,15 @@ def resolve(method: "str | Recipe | Path", **options) -> Recipe:
     if isinstance(method, Path):
         return Recipe.load(method)
     return get(method, **options) if options else parse(method)
+
+
+def _said(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    return f"{first['loc'][-1]}: {first['msg'].lower()}, found {first['input']!r}"
 
 
 def _convert(name: str, option: str, value, default):

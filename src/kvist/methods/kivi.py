@@ -4,7 +4,7 @@ Keys wait for a whole block of R, values slide: exactly the newest R are exact."
 
 from typing import Literal
 
-from kvist.methods.parts import check_group, per_channel, per_token
+from kvist.methods.parts import Width, check_group, per_channel, per_token, width
 from kvist.methods.registry import method
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Block, Sliding
@@ -13,8 +13,8 @@ from kvist.retention import Block, Sliding
 @method("KIVI, arXiv 2402.02750")
 def kivi(
     bits: int = 2,
-    k: int = 0,
-    v: int = 0,
+    k: Width = None,
+    v: Width = None,
     group: int = 32,
     recent: int = 128,
     values: Literal["sliding", "block"] = "sliding",
@@ -27,7 +27,7 @@ def kivi(
     blocks = Block(size=recent, sinks=sinks)
     slides = Sliding(size=recent, sinks=sinks) if values == "sliding" else blocks
     plan = LayerPlan(
-        key=Side(codec=per_channel(k or bits, group), retention=blocks),
-        value=Side(codec=per_token(v or bits, group), retention=slides),
+        key=Side(codec=per_channel(width(k, bits), group), retention=blocks),
+        value=Side(codec=per_token(width(v, bits), group), retention=slides),
     )
     return Recipe(name="kivi", paper=kivi.paper, layers=(plan,))

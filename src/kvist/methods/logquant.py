@@ -5,7 +5,7 @@ along channels as in KIVI; the published code groups both along channels.
 
 `budget` R is the published conversion of one full-precision budget into the window of each form."""
 
-from kvist.methods.parts import check_group, per_channel, per_token
+from kvist.methods.parts import Width, check_group, per_channel, per_token, width
 from kvist.methods.registry import method
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Block, LogSparse, Retention, Streaming
@@ -16,7 +16,13 @@ SINKS = 4
 
 @method(PAPER)
 def logquant(
-    bits: int = 2, k: int = 0, v: int = 0, group: int = 32, window: int = 64, sinks: int = 0, budget: int = 0
+    bits: int = 2,
+    k: Width = None,
+    v: Width = None,
+    group: int = 32,
+    window: int = 64,
+    sinks: int = 0,
+    budget: int = 0,
 ) -> Recipe:
     """Low bits for all, and exact: W log-spaced old tokens and the newest W to 2W."""
     rule = LogSparse(window=budget // 3 if budget else window, sinks=sinks)
@@ -25,18 +31,30 @@ def logquant(
 
 @method(PAPER)
 def partial_logquant(
-    bits: int = 2, k: int = 0, v: int = 0, group: int = 32, window: int = 64, sinks: int = 0, budget: int = 0
+    bits: int = 2,
+    k: Width = None,
+    v: Width = None,
+    group: int = 32,
+    window: int = 64,
+    sinks: int = 0,
+    budget: int = 0,
 ) -> Recipe:
     """`logquant` for keys; values keep only an unfinished block of up to W-1."""
-    width = budget // 2 if budget else window
+    size = budget // 2 if budget else window
     return _recipe(
-        "partial-logquant", bits, k, v, group, LogSparse(window=width, sinks=sinks), Block(size=width, sinks=sinks)
+        "partial-logquant", bits, k, v, group, LogSparse(window=size, sinks=sinks), Block(size=size, sinks=sinks)
     )
 
 
 @method(PAPER)
 def streaming(
-    bits: int = 2, k: int = 0, v: int = 0, group: int = 32, window: int = 64, sinks: int = SINKS, budget: int = 0
+    bits: int = 2,
+    k: Width = None,
+    v: Width = None,
+    group: int = 32,
+    window: int = 64,
+    sinks: int = SINKS,
+    budget: int = 0,
 ) -> Recipe:
     """Low bits for all but S first tokens and the newest W to 2W-1."""
     rule = Streaming(window=(budget - sinks) // 2 if budget else window, sinks=sinks)
@@ -45,22 +63,28 @@ def streaming(
 
 @method(PAPER)
 def partial_streaming(
-    bits: int = 2, k: int = 0, v: int = 0, group: int = 32, window: int = 64, sinks: int = SINKS, budget: int = 0
+    bits: int = 2,
+    k: Width = None,
+    v: Width = None,
+    group: int = 32,
+    window: int = 64,
+    sinks: int = SINKS,
+    budget: int = 0,
 ) -> Recipe:
     """`streaming` for keys; values keep S first tokens and an unfinished block of up to W-1."""
-    width = int((budget - sinks) / 1.5) if budget else window
+    size = int((budget - sinks) / 1.5) if budget else window
     return _recipe(
-        "partial-streaming", bits, k, v, group, Streaming(window=width, sinks=sinks), Block(size=width, sinks=sinks)
+        "partial-streaming", bits, k, v, group, Streaming(window=size, sinks=sinks), Block(size=size, sinks=sinks)
     )
 
 
 def _recipe(name: str, bits: int, k: int, v: int, group: int, keys: LogSparse | Streaming, values: Retention) -> Recipe:
     check_group(group, keys.window)
-    for width in (k or bits, v or bits):
-        if width not in (2, 4, 16):
-            raise ValueError(f"bits must be 2 or 4 (or 16, exact), found {width}")
+    for given in (width(k, bits), width(v, bits)):
+        if given not in (2, 4, 16):
+            raise ValueError(f"bits must be 2 or 4 (or 16, exact), found {given}")
     plan = LayerPlan(
-        key=Side(codec=per_channel(k or bits, group), retention=keys),
-        value=Side(codec=per_token(v or bits, group), retention=values),
+        key=Side(codec=per_channel(width(k, bits), group), retention=keys),
+        value=Side(codec=per_token(width(v, bits), group), retention=values),
     )
     return Recipe(name=name, paper=PAPER, layers=(plan,))

@@ -3,6 +3,7 @@
 from kvist.coding import Codec, Grouping, Raw, Uniform
 
 WIDTHS = (1, 2, 3, 4, 8)
+Width = int | None  # bits of one side; None: those of both sides
 
 
 def per_channel(bits: int, group: int) -> Codec:
@@ -13,6 +14,11 @@ def per_channel(bits: int, group: int) -> Codec:
 def per_token(bits: int, group: int | None = None) -> Codec:
     """Groups of consecutive channels of one token; `group` None is the whole head."""
     return _codec(bits, Grouping(along="channels", size=group))
+
+
+def width(given, bits: int):
+    """A side's own bits, or those of both sides."""
+    return bits if given is None else given
 
 
 def _codec(bits: int, grouping: Grouping) -> Codec:
