@@ -83,7 +83,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -31,16 +31,17 @@ class Layer(CacheLayerMixin):
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
         super().__init__()
         self.plan, self.page, self.prefill, self.reserve, self.rows = plan, page, prefill, reserve, rows
+        self.version = 0  # counts changes, so that a view knows when it is out of date
         self.reset()
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
+        if self.is_initialized:
+            del self.key, self.value
         self.is_initialized = False
-        for name in ("key", "value"):
-            self.__dict__.pop(name, None)
         self.slots = self.updates = 0
         self.settled = True
-        self.version = 0  # counts changes, so that a view knows when it is out of date
+        self.version += 1
         self._skip: Tensor | None = None
         self._skipped: tuple = ()  # the state that the skip mask was made from
         self.lengths: list[int] = []

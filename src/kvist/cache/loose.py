@@ -66,4 +66,5 @@ def _fetched(layer: Layer, odd: list[Sequence[int]]) -> Loose:
             side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
             tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
         sides.append(side)
-    return Loose(*sides, tokens)
+    keys, values = sides
+    return Loose(keys, values, tokens)

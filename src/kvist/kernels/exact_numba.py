@@ -101,7 +101,8 @@ def attend_exact(
     out = torch.zeros(*grouped.shape[:3], values.shape[-1])
     lse = torch.empty(grouped.shape[:3])
     seen = visible.squeeze(1).contiguous().numpy()
-    kinds = [KINDS[x.dtype] for x in (keys, values)]
-    raw = [x.view(BITS[x.dtype]).numpy() for x in (keys, values)]
-    _attend(grouped, *raw, *kinds, seen, np.float32(scale), np.float32(softcap or 0.0), out.numpy(), lse.numpy())
+    k, v = (x.view(BITS[x.dtype]).numpy() for x in (keys, values))
+    kinds = KINDS[keys.dtype], KINDS[values.dtype]
+    numbers = np.float32(scale), np.float32(softcap or 0.0)
+    _attend(grouped, k, v, *kinds, seen, *numbers, out.numpy(), lse.numpy())
     return Partial(out.view(batch, heads, queries, -1), lse.view(batch, heads, queries))

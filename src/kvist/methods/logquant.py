@@ -78,7 +78,9 @@ def partial_streaming(
     )
 
 
-def _recipe(name: str, bits: int, k: int, v: int, group: int, keys: LogSparse | Streaming, values: Retention) -> Recipe:
+def _recipe(
+    name: str, bits: int, k: Width, v: Width, group: int, keys: LogSparse | Streaming, values: Retention
+) -> Recipe:
     check_group(group, keys.window)
     for given in (width(k, bits), width(v, bits)):
         if given not in (2, 4, 16):
