@@ -152,3 +152,15 @@ def test_exact_attention_reads_only_what_is_visible(dtype, softcap):
     torch.testing.assert_close(out, expected.out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, expected.lse, rtol=1e-5, atol=1e-6)
     assert (lse[1, :, 2] == -torch.inf).all() and (out[1, :, 2] == 0).all()
+
+
+def test_the_exponential_is_as_good_as_its_docstring_says():
+    from kvist.kernels.attend_numba import _exponentials
+
+    top = torch.tensor(3.0)
+    x = torch.cat([torch.linspace(-83, 3, 100_001), torch.tensor([-85.0, -1e4, -torch.inf])])
+    found = x.clone()
+    _exponentials(found.numpy(), top.numpy()[()], torch.empty_like(x).numpy())
+    truth, gap = (x.double() - top).exp(), (top - x).double()
+    assert (found[-3:] == 0).all()
+    assert ((found[:-3] - truth[:-3]).abs() <= 2e-7 * (1 + gap[:-3]) * truth[:-3]).all()

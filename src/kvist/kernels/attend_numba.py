@@ -116,18 +116,18 @@ def _weigh(weights, x, out):
 
 @njit(**_FAST)
 def _exponentials(x, top, power):
-    """x (n,) becomes exp(x - top), relative error below 1e-6; 0 where x - top < -87. `power` (n,) is scratch."""
+    """x (n,) becomes exp(x - top), to 2e-7·(1 + top - x) of itself; 0 where x - top < -87. `power` (n,) is scratch."""
     powers = power.view(np.int32)
     for i in range(x.shape[0]):
         y = max((x[i] - top) * np.float32(1.4426950408889634), np.float32(-126.0))
         whole = np.floor(y)
         f = y - whole
-        p = np.float32(1.5353362e-4)
-        p = p * f + np.float32(1.3398874e-3)
-        p = p * f + np.float32(9.6184373e-3)
-        p = p * f + np.float32(5.5503324e-2)
-        p = p * f + np.float32(2.4022648e-1)
-        p = p * f + np.float32(6.9314718e-1)
+        p = np.float32(2.161291542e-04)
+        p = p * f + np.float32(1.246784629e-03)
+        p = p * f + np.float32(9.675451586e-03)
+        p = p * f + np.float32(5.548528061e-02)
+        p = p * f + np.float32(2.402293056e-01)
+        p = p * f + np.float32(6.931470444e-01)
         p = p * f + np.float32(1.0)
         powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
         x[i] = p if y > np.float32(-126.0) else np.float32(0.0)
