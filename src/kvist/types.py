@@ -1,7 +1,7 @@
 """The words every room shares: shapes by name, array kinds, and what a model tells about itself."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -13,9 +13,27 @@ POOL_STEP = 8  # pages
 
 
 class Part(BaseModel):
-    """A frozen description: equal by value, saved as JSON, refusing unknown fields."""
+    """A frozen description: equal by value, saved as JSON, refusing unknown fields.
+
+    A part may keep tensors that it made of its fields (a cached property); they are no part of its value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def _value(self) -> tuple:
+        return tuple(getattr(self, name) for name in type(self).model_fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Part) and type(self) is type(other) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def model_copy(self, *, update=None, deep=False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(self).model_fields.keys():
+            vars(copied).pop(name)  # made of the fields before the update
+        return copied
 
 
 @dataclass(frozen=True)

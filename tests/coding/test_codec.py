@@ -161,7 +161,9 @@ def test_fixed_ranges_store_nothing_and_saturate():
     codec = Codec(levels=Uniform(bits=2), grouping=Grouping(along="channels"), range=Fixed(low=low, high=high))
     lows, highs = (torch.tensor(side).view(2, 1, 8) for side in (low, high))
     inside = lows + (highs - lows) * torch.rand(2, 9, 8, generator=torch.Generator().manual_seed(4))
-    assert set(codec.encode(inside)) == {"codes"}
+    arrays = codec.encode(inside)
+    assert set(arrays) == {"codes", "clipped"} and set(codec.layout(2, 8, torch.bfloat16)) == {"codes"}
+    assert arrays["clipped"] == 0
     error = (codec.decode(codec.encode(inside)) - inside).abs()
     assert (error <= (highs - lows) / 6 * (1 + UNIT) + 4 * UNIT * (highs - lows)).all()
     for x, end in ((highs + 100, highs), (lows - 100, lows)):

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.coding import AbsMax, Codec, Grouping, Slots, Table, Uniform
+from kvist.coding import AbsMax, Codec, Grouping, Raw, Uniform, Unrotate
 from kvist.kernels.attend import attend
-from kvist.kernels.choose import decoder, encoder, exact_attention, packed_attention, rotator
+from kvist.kernels.choose import Stored, decoder, encoder, exact_attention, packed_attention, rotator
 from kvist.kernels.grid import rotate
 from kvist.methods.parts import per_channel, per_token
 
@@ -34,12 +34,13 @@ def test_encoder_and_decoder_give_the_reference_to_the_bit(bits, group, keys, di
     x[1, 1] = 0.0  # a constant head
     fast, _ = encoder(codec.traits, CPU)
     expected = codec._reference(x)
-    found = fast(x)
+    constants = codec.constants(3, CPU)
+    found = fast(x, constants, 0)
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
     back, _ = decoder(codec.traits, CPU)
-    assert torch.equal(back(found), codec._decoded(expected))
+    assert torch.equal(back(found, constants), codec._decoded(expected))
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 256])
@@ -52,7 +53,7 @@ def test_rotation_gives_the_reference_to_the_bit_however_tokens_come(dim):
 
 
 def _pages(codec, x):
-    """Pools of shuffled pages and a table, from values (B, H, T, D) with T a multiple of the page."""
+    """Values (B, H, T, D), T a multiple of the page, as shuffled pages."""
     batch, _, tokens, _ = x.shape
     count = tokens // PAGE
     order = torch.randperm(batch * count).view(batch, count)
@@ -62,7 +63,7 @@ def _pages(codec, x):
         pool = torch.empty(batch * count, *paged.shape[2:], dtype=array.dtype)
         pool[order] = paged
         pools[name] = pool
-    return pools, order.int()
+    return Stored(pools, order.int(), codec.constants(x.shape[1], CPU))
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (1, 4), (3, 3), (4, 8)])
@@ -73,13 +74,13 @@ def test_attention_over_pages_equals_attention_over_decoded_tokens(bits, keys, g
     key, value = keys(bits[0], group), per_token(bits[1], group)
     batch, heads, kv_heads, queries, tokens = 3, 6, 2, 3, 4 * PAGE
     k, v = (torch.randn(batch, kv_heads, tokens, dim) for _ in range(2))
-    (k_pool, k_table), (v_pool, v_table) = _pages(key, k), _pages(value, v)
+    packed = _pages(key, k), _pages(value, v)
     limits = [tokens, 2 * PAGE + 37, 0]
     skip = torch.rand(batch, tokens) < 0.1
     q = torch.randn(batch, heads, queries, dim)
     fast, reasons = packed_attention(key.traits, value.traits, CPU)
     assert fast is not None, reasons
-    out, lse = fast(q, k_pool, v_pool, (k_table, v_table), limits, skip, PAGE, 0.3, None)
+    out, lse = fast(q, *packed, limits, skip, PAGE, 0.3, None, None)
     seen = (torch.arange(tokens) < torch.tensor(limits).unsqueeze(-1)) & ~skip
     expected = attend(q, key.decode(key.encode(k)), value.decode(value.encode(v)), 0.3, seen[:, None, None])
     # fp32 sums over 512 tokens in another order, an exponential good to 1e-6: hundreds of ulps are room enough
@@ -94,10 +95,10 @@ def test_attention_is_stable_at_extreme_scores(scale, softcap):
     torch.manual_seed(0)
     codec = per_token(8)
     k, v = torch.randn(1, 1, 8 * PAGE, 64), torch.randn(1, 1, 8 * PAGE, 64)
-    (k_pool, k_table), (v_pool, v_table) = _pages(codec, k), _pages(codec, v)
+    packed = _pages(codec, k), _pages(codec, v)
     q = torch.randn(1, 1, 1, 64)
     fast, _ = packed_attention(codec.traits, codec.traits, CPU)
-    out, lse = fast(q, k_pool, v_pool, (k_table, v_table), [8 * PAGE], None, PAGE, scale, softcap)
+    out, lse = fast(q, *packed, [8 * PAGE], None, PAGE, scale, softcap, None)
     expected = attend(q, codec.decode(codec.encode(k)), codec.decode(codec.encode(v)), scale, softcap=softcap)
     torch.testing.assert_close(out, expected.out, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(lse, expected.lse, rtol=1e-4, atol=1e-4)
@@ -107,14 +108,14 @@ def test_threads_do_not_change_the_result_beyond_rounding():
     torch.manual_seed(0)
     codec = per_token(4, 32)
     k, v = torch.randn(1, 1, 64 * PAGE, 64), torch.randn(1, 1, 64 * PAGE, 64)
-    (k_pool, k_table), (v_pool, v_table) = _pages(codec, k), _pages(codec, v)
+    packed = _pages(codec, k), _pages(codec, v)
     q = torch.randn(1, 4, 1, 64)
     fast, _ = packed_attention(codec.traits, codec.traits, CPU)
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(fast(q, k_pool, v_pool, (k_table, v_table), [64 * PAGE - 5], None, PAGE, 0.2, None))
+            results.append(fast(q, *packed, [64 * PAGE - 5], None, PAGE, 0.2, None, None))
     finally:
         torch.set_num_threads(before)
     for out, lse in results[1:]:
@@ -124,13 +125,20 @@ def test_threads_do_not_change_the_result_beyond_rounding():
 
 def test_what_it_does_not_serve_is_named():
     uniform = per_token(2, 32)
-    table = Codec(levels=Table(bits=1, points=(-0.5, 0.5)), grouping=Grouping(along="channels"))
+    raw = Codec(levels=Raw(), grouping=Grouping(along="channels"))
     symmetric = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), range=AbsMax())
-    sparse = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), outliers=Slots(slots=2))
-    for codec, word in ((table, "table"), (symmetric, "absmax"), (sparse, "outliers")):
-        for function, reasons in (packed_attention(codec.traits, uniform.traits, CPU), encoder(codec.traits, CPU)):
+    for codec, word in ((raw, "raw"), (symmetric, "absmax")):
+        for choice in (packed_attention(codec.traits, uniform.traits, CPU), encoder(codec.traits, CPU)):
+            function, reasons = choice
             assert function is None
             assert word in " ".join(reasons)
+    turned = Unrotate(frequencies=(1.0, 0.5, 0.25, 0.125), style="interleaved")
+    interleaved = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), transform=turned)
+    function, reasons = packed_attention(interleaved.traits, uniform.traits, CPU)
+    assert function is None and "interleaved" in reasons[0]
+    assert encoder(interleaved.traits, CPU)[0] is not None and decoder(interleaved.traits, CPU)[0] is not None
+    function, reasons = packed_attention(uniform.traits, interleaved.traits, CPU)
+    assert function is None and "values are stored before a rotary embedding" in reasons
     function, reasons = packed_attention(uniform.traits, per_channel(2, 32).traits, CPU)
     assert function is None and "tokens" in reasons[0]
     function, reasons = packed_attention(uniform.traits, uniform.traits, torch.device("cuda"))
@@ -155,12 +163,12 @@ def test_exact_attention_reads_only_what_is_visible(dtype, softcap):
 
 
 def test_the_exponential_is_as_good_as_its_docstring_says():
-    from kvist.kernels.attend_numba import _exponentials
+    from kvist.kernels.dense_numba import exponentials
 
     top = torch.tensor(3.0)
     x = torch.cat([torch.linspace(-83, 3, 100_001), torch.tensor([-85.0, -1e4, -torch.inf])])
     found = x.clone()
-    _exponentials(found.numpy(), top.numpy()[()], torch.empty_like(x).numpy())
+    exponentials(found.numpy(), top.numpy()[()], torch.empty_like(x).numpy())
     truth, gap = (x.double() - top).exp(), (top - x).double()
     assert (found[-3:] == 0).all()
     assert ((found[:-3] - truth[:-3]).abs() <= 2e-7 * (1 + gap[:-3]) * truth[:-3]).all()

@@ -5,7 +5,7 @@ from kvist.coding.grouping import Grouping
 from kvist.coding.levels import Raw, Table, Uniform
 from kvist.coding.outliers import NoOutliers, Slots
 from kvist.coding.ranges import AbsMax, Fixed, MinMax
-from kvist.coding.transforms import Hadamard, Identity
+from kvist.coding.transforms import Hadamard, Identity, Unrotate
 
 __all__ = [
     "AbsMax",
@@ -20,4 +20,5 @@ __all__ = [
     "Slots",
     "Table",
     "Uniform",
+    "Unrotate",
 ]

@@ -1,5 +1,7 @@
 """Where a normalised value can sit: the ladder of points."""
 
+import math
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -28,34 +30,68 @@ class Uniform(Part):
         """Normalised values (fp32) of codes."""
         return codes.float()
 
+    def beyond(self, u: Tensor) -> Tensor:
+        """Which normalised values lie outside the range of the ladder, and are clipped to its ends."""
+        return (u < 0) | (u > 2**self.bits - 1)
+
 
 class Table(Part):
     """2^b points in [-1, 1], anywhere (KVQuant section 3.3). `read`, when given, are the points used on reading
-    instead (its Q-Norm moves reconstruction points and keeps decision boundaries)."""
+    instead (its Q-Norm moves reconstruction points and keeps decision boundaries). No points before they are fitted."""
 
     kind: Literal["table"] = "table"
-    bits: Literal[1, 2, 3, 4]
-    points: tuple[float, ...]
+    bits: Literal[1, 2, 3, 4, 5]
+    points: tuple[float, ...] = ()
     read: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Table":
         for points in (self.points, self.read or self.points):
-            if len(points) != 2**self.bits:
+            if points and len(points) != 2**self.bits:
                 raise ValueError(f"a table of {self.bits} bits has {2**self.bits} points, found {len(points)}")
-        if list(self.points) != sorted(self.points):
-            raise ValueError("the points of a table must ascend")
+            if not all(map(math.isfinite, points)) or list(points) != sorted(points):
+                raise ValueError("the points of a table must be finite and ascend")
         return self
+
+    @property
+    def fitted(self) -> bool:
+        return len(self.points) > 0
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """The points as steps of 256 between the first and the last, so that a byte per point looks them up; None if
+        they lie elsewhere."""
+        low, high = self.points[0], self.points[-1]
+        if not high > low:
+            return None
+        exact = [(p - low) / (high - low) * 255 for p in self.points]
+        steps = tuple(round(x) for x in exact)
+        return steps if all(abs(a - b) < 255e-6 for a, b in zip(exact, steps, strict=True)) else None
 
     def affine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return (high - low) / 2, (high + low) / 2
 
+    @cached_property
+    def _on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The boundaries between points (2^b - 1,) and the points on reading (2^b,), fp32."""
+        if device not in self._on:
+            points = torch.tensor(self.points, dtype=torch.float32)
+            read = torch.tensor(self.read or self.points, dtype=torch.float32, device=device)
+            self._on[device] = ((points[1:] + points[:-1]) / 2).to(device), read
+        return self._on[device]
+
     def index(self, u: Tensor) -> Tensor:
-        points = torch.tensor(self.points, device=u.device)
-        return torch.bucketize(u, (points[1:] + points[:-1]) / 2).to(torch.uint8)
+        """Codes (uint8) of normalised values: the nearest point, the lower one of two."""
+        return torch.bucketize(u.contiguous(), self.tables(u.device)[0]).to(torch.uint8)
 
     def point(self, codes: Tensor) -> Tensor:
-        return torch.tensor(self.read or self.points, device=codes.device)[codes.int()]
+        return self.tables(codes.device)[1][codes.int()]
+
+    def beyond(self, u: Tensor) -> Tensor:
+        return u.abs() > 1
 
 
 class Raw(Part):

@@ -1,11 +1,14 @@
 """How the scale of a group is found."""
 
+import math
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from kvist.kernels.grid import narrow
 from kvist.types import Part
 
 
@@ -44,18 +47,38 @@ class AbsMax(Part):
 class Fixed(Part):
     """Set beforehand, per channel of each head (KVQuant section 3.1): nothing is stored beside the codes.
 
-    `low` and `high` have heads·dim entries, head-major.
+    `low` and `high` have heads·dim entries, head-major; none before they are fitted.
     """
 
     kind: Literal["fixed"] = "fixed"
     stored: Literal[0] = 0
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
-    def table(self, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value, each (H, 1, D) fp32."""
-        low, high = (torch.tensor(x, device=device).view(heads, 1, -1) for x in (self.low, self.high))
-        return low, high
+    @model_validator(mode="after")
+    def _check(self) -> "Fixed":
+        if len(self.low) != len(self.high):
+            raise ValueError(f"low and high must be as many, found {len(self.low)} and {len(self.high)}")
+        if not all(math.isfinite(a) and math.isfinite(b) and a <= b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError("fixed ranges must be finite, with low <= high in every channel")
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        return len(self.low) > 0
+
+    @cached_property
+    def _on(self) -> dict[tuple, tuple[Tensor, Tensor]]:
+        return {}
+
+    def affine(self, ladder, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and offset (H, 1, D) that put the ends of `ladder` on low and high: fp32 numbers that fp16 holds."""
+        key = ladder.kind, ladder.bits, heads, device
+        if key not in self._on:
+            ends = (narrow(torch.tensor(x, dtype=torch.float32)) for x in (self.low, self.high))
+            scale, offset = ladder.affine(*(x.float().view(heads, 1, -1) for x in ends))
+            self._on[key] = narrow(scale).float().to(device), narrow(offset).float().to(device)
+        return self._on[key]
 
 
 Range = Annotated[MinMax | AbsMax | Fixed, Field(discriminator="kind")]

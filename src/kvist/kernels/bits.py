@@ -3,13 +3,14 @@
 Order: *planar*. A run of n codes of b bits becomes n·b/8 bytes; byte w holds, from its low bits up, the codes
 w, w+W, w+2W, … with W = n·b/8. Neighbouring bytes therefore hold neighbouring codes at the same shift, so that both a
 vector unit and a torch expression unpack a whole run with one shift and one mask per field and no shuffles.
-Three bits are a plane of two bits followed by a plane of one bit: no code straddles a byte.
+Three bits are a plane of two bits followed by a plane of one bit, five bits one of four and one of one: no code
+straddles a byte.
 """
 
 import torch
 from torch import Tensor
 
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}
 RUN = 8  # codes: the shortest run that fills whole bytes at every width
 
 

@@ -4,13 +4,16 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Traits:
-    """How one side is stored, as plain data: what a kernel may ask. `group` 0 is the whole head."""
+    """How one side is stored, as plain data: what a kernel may ask. `group` 0 is the whole head; `rank` and `rotary`
+    are empty where there are no outliers and nothing was unrotated."""
 
     levels: str
     bits: int
@@ -18,7 +21,32 @@ class Traits:
     group: int
     across_heads: bool
     range: str
-    outliers: int
+    outliers: bool = False
+    rank: str = ""
+    rotary: str = ""
+
+
+class Constants(NamedTuple):
+    """Numbers of a side that are the same for all its tokens; None where there are none.
+
+    edges (2^b - 1,) between the points of a table, points (2^b,) on reading; scale and offset (H, D) of fixed ranges;
+    frequencies (F,) of the rotary embedding that was undone, and its scaling. All fp32.
+    """
+
+    edges: Tensor | None
+    points: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    frequencies: Tensor | None
+    scaling: float
+
+
+class Stored(NamedTuple):
+    """One side of the packed pages: its pool arrays, page tables (B, pages) int32, and constants."""
+
+    arrays: dict[str, Tensor]
+    table: Tensor
+    constants: Constants
 
 
 def _available(device: torch.device) -> list[str]:
@@ -32,8 +60,9 @@ def _available(device: torch.device) -> list[str]:
 @cache
 def encoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast encoder and (), or None and the reasons why only the reference serves. It takes values (..., H, T, D),
-    fp32, and returns the arrays of the codec's layout, the same to the bit."""
-    reasons = _available(device) or _unserved("values", traits)
+    fp32 and in the transformed space, `Constants` and the slots of outliers per token; it returns what the reference
+    returns, the same to the bit."""
+    reasons = _available(device) or _unserved("values", traits, False)
     if reasons:
         return None, tuple(reasons)
     from kvist.kernels.codec_numba import encode
@@ -44,8 +73,9 @@ def encoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tupl
 @cache
 def decoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast decoder and (), or None and the reasons why only the reference serves. It takes the arrays of the
-    codec's layout and returns values (..., H, T, D), fp32, in the transformed space, the same to the bit."""
-    reasons = _available(device) or _unserved("values", traits)
+    codec's layout and `Constants`, and returns values (..., H, T, D), fp32, in the transformed space, the same to the
+    bit."""
+    reasons = _available(device) or _unserved("values", traits, False)
     if reasons:
         return None, tuple(reasons)
     from kvist.kernels.codec_numba import decode
@@ -81,13 +111,16 @@ def rotator(device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
 def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast attention over packed pages and (), or None and the reasons why only the reference serves.
 
-    It takes queries (B, Hq, M, D) fp32 that see every packed token, the pool arrays of keys and of values, their page
-    tables (B, pages) int32, packed slots per row, a skip mask (B, slots) or None, tokens per page, the scale of scores
-    and a soft cap or None; it returns a `Partial`.
+    It takes queries (B, Hq, M, D) fp32 that see every packed token, keys and values as `Stored`, packed slots per row,
+    a skip mask (B, slots) or None, tokens per page, the scale of scores, a soft cap or None, and for each row the
+    position that page slot 0 was rotated for (slot i: i more) or None where nothing was unrotated; it returns a
+    `Partial`.
     """
-    reasons = _available(device) or [*_unserved("keys", key), *_unserved("values", value)]
+    reasons = _available(device) or [*_unserved("keys", key, True), *_unserved("values", value, True)]
     if value.along != "channels":
         reasons.append("values share scales along tokens")
+    if value.rotary:
+        reasons.append("values are stored before a rotary embedding")
     if reasons:
         return None, tuple(reasons)
     from kvist.kernels.attend_numba import attend_pages
@@ -95,14 +128,13 @@ def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[
     return partial(attend_pages, key, value), ()
 
 
-def _unserved(side: str, traits: Traits) -> list[str]:
+def _unserved(side: str, traits: Traits, attended: bool) -> list[str]:
+    """Why tokens stored so can be neither encoded nor decoded by a kernel or, if `attended`, not attended to."""
     reasons = []
-    if traits.levels != "uniform":
-        reasons.append(f"{side} have {traits.levels} levels")
-    if traits.range != "minmax":
-        reasons.append(f"{side} have a range of kind {traits.range}")
-    if traits.outliers:
-        reasons.append(f"{side} have outliers")
-    if traits.across_heads:
-        reasons.append(f"{side} share scales across heads")
+    if traits.levels == "raw":
+        reasons.append(f"{side} have raw levels")
+    if traits.range == "absmax":
+        reasons.append(f"{side} have a range of kind absmax")
+    if attended and traits.rotary == "interleaved":
+        reasons.append(f"{side} are stored before an interleaved rotary embedding")
     return reasons
