@@ -64,7 +64,7 @@ def test_positional_arguments_and_embeddings_are_heard(model):
 def test_a_batch_whose_mask_was_not_seen_is_refused(model):
     cache = kvist.Cache(model, "kivi")
     cache.close()
-    with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask being seen"):
+    with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask and positions being seen"):
         model(**padded((9, 4)), past_key_values=cache)
 
 

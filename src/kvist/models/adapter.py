@@ -1,10 +1,14 @@
 """What a model is, as far as its cache is concerned: layers, heads, rotary embedding, and reasons to refuse it."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kvist.models import compat
+from kvist.plan import ModelIdentity
 from kvist.types import Geometry
 
 SERVED = "full_attention"
@@ -21,6 +25,7 @@ class Model:
     query_heads: int
     shape: Geometry
     rotary: str
+    identity: ModelIdentity
 
     @property
     def served(self) -> list[int]:
@@ -47,7 +52,9 @@ def describe(model) -> Model:
             f"{name} has no full-attention layer (its layers: {', '.join(sorted(set(kinds)))}); their caches do not "
             "grow with the context, so there is nothing to gain"
         )
-    return Model(name, tuple(kinds), tuple(arguments), text.num_attention_heads, _geometry(text, model), _rotary(text))
+    shape, rotary = _geometry(text, model), _rotary(text)
+    identity = _identity(text, config, kinds, shape, rotary)
+    return Model(name, tuple(kinds), tuple(arguments), text.num_attention_heads, shape, rotary, identity)
 
 
 def _geometry(text, model) -> Geometry:
@@ -59,6 +66,21 @@ def _geometry(text, model) -> Geometry:
         kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
     dtype = getattr(model, "dtype", None) or torch.float32
     return Geometry(kv_heads or heads, dim, dim, dtype)
+
+
+def _identity(text, config, kinds: list[str], shape: Geometry, rotary: str) -> ModelIdentity:
+    """What a fitted table belongs to: the same for a fine-tuned model, and in every release of transformers."""
+    sizes = [getattr(text, name, None) for name in ("vocab_size", "hidden_size", "intermediate_size")]
+    facts = [config.model_type, *sizes, text.num_attention_heads, shape.heads, shape.key_dim, list(kinds), rotary]
+    return ModelIdentity(
+        name=Path(getattr(config, "_name_or_path", "") or config.model_type).name,
+        kind=config.model_type,
+        config=hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest(),
+        layers=kinds.count(SERVED),
+        heads=shape.heads,
+        key_dim=shape.key_dim,
+        value_dim=shape.value_dim,
+    )
 
 
 def _rotary(text) -> str:

@@ -1,4 +1,5 @@
-"""Listen to a model's forward: which slots are tokens. `update` is never told; a removable pre-hook tells the cache."""
+"""Listen to a model's forward: which slots are tokens, and their positions. `update` is never told; a removable
+pre-hook tells the cache."""
 
 import inspect
 import weakref
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 
 def watch(model: nn.Module, cache, tell: str) -> Callable[[], None]:
-    """Before each forward of `model` that is given `cache`, call its method `tell(batch, slots, attention_mask)`.
+    """Before each forward of `model` given `cache`, call its method `tell(batch, slots, attention_mask, position_ids)`.
 
     Holds neither of them alive. Returns the function that removes the hook; it also goes when the cache does.
     """
@@ -23,7 +24,8 @@ def watch(model: nn.Module, cache, tell: str) -> Callable[[], None]:
         inputs: Tensor | None = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is not None:
-            getattr(cache, tell)(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
+            masks = given.get("attention_mask"), given.get("position_ids")
+            getattr(cache, tell)(inputs.shape[0], inputs.shape[1], *masks)
 
     hook = model.register_forward_pre_hook(before, with_kwargs=True)
     weakref.finalize(cache, hook.remove)
