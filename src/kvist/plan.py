@@ -59,6 +59,8 @@ class LayerPlan(Part):
             raise ValueError("keys and values of a layer must have the same number of sinks")
         if self.key.packs != self.value.packs:
             raise ValueError("either both sides of a layer are packed or neither; use 16 bits for an exact side")
+        if not self.value.codec.transform.fixed:
+            raise ValueError("values have no rotary embedding to undo")
         return self
 
     @property
@@ -129,11 +131,40 @@ class LayerPlan(Part):
         return room if pages <= room else ladder(pages, TABLE_STEP)
 
 
+class ModelIdentity(Part):
+    """The model that something was fitted to. config: a hash of what shapes its keys and values; layers: those that
+    kvist serves."""
+
+    name: str
+    kind: str
+    config: str
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def check(self, found: "ModelIdentity") -> None:
+        """Refuse another model, whatever its weights; a fine-tuned one has the same config."""
+        names = {"kind": "a {} model", "layers": "{} layers", "heads": "{} KV heads", "key_dim": "heads of {}"}
+        for field, words in names.items():
+            mine, other = getattr(self, field), getattr(found, field)
+            if mine != other:
+                words = words.format(mine) + ", this model has " + words.format(other)
+                raise ValueError(f"it was fitted to {self.name}: {words}; calibrate for this model")
+        if self.config != found.config:
+            raise ValueError(
+                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; calibrate for "
+                "this model"
+            )
+
+
 class Recipe(Part):
-    """A method with its settings: one plan for all layers, or one per attention layer that kvist serves."""
+    """A method with its settings: one plan for all layers, or one per attention layer that kvist serves. `model`: what
+    it was fitted to, if it was."""
 
     name: str
     paper: str = ""
+    model: ModelIdentity | None = None
     layers: tuple[LayerPlan, ...] = Field(min_length=1)
     prefill: Literal["exact", "stored"] = "exact"
     format: Literal[1] = FORMAT
@@ -149,8 +180,12 @@ class Recipe(Part):
     def needs(self) -> tuple[str, ...]:
         """What must be fitted before the recipe can be used; nothing for most."""
         codecs = [side.codec for plan in self.layers for side in plan.sides]
-        fitted = {"table": "a fitted table", "fixed": "fitted ranges"}
-        return tuple(sorted({fitted[k] for c in codecs for k in (c.levels.kind, c.range.kind) if k in fitted}))
+        return tuple(sorted({words for codec in codecs for words in codec.unfitted}))
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions must be known to read what is stored."""
+        return any(not side.codec.transform.fixed for plan in self.layers for side in plan.sides)
 
     @property
     def page(self) -> int:
