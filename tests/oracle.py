@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvist.models.hooks import watch
+
 HELD = 32
 
 
@@ -76,6 +78,7 @@ class Stream:
         self.side, self.raw, self.decoded = side, empty, empty
         self.frontier = self.decided = 0
         self.pinned: set[int] = set()
+        self.at: list[int] = []  # the position that each token was rotated for
 
     def behind(self) -> int:
         return max(0, self.raw.shape[1] - self.side.retention.sinks)
@@ -106,14 +109,16 @@ class Stream:
         codec, x = self.side.codec, self.raw[:, first:last]
         missing = -x.shape[1] % codec.granule
         full = torch.cat([x, x[:, -1:].expand(-1, missing, -1)], 1)
-        decoded = codec.decode(codec.encode(full))[:, : x.shape[1]].to(x.dtype)
+        at = torch.tensor(self.at[first:last] + [0] * missing)
+        decoded = codec.decode(codec.encode(full, at), at)[:, : x.shape[1]].to(x.dtype)
         self.decoded = torch.cat([self.decoded[:, :first], decoded, self.decoded[:, last:]], 1)
 
-    def append(self, x: Tensor) -> None:
+    def append(self, x: Tensor, at: list[int]) -> None:
+        self.at += at
         self.raw, self.decoded = (torch.cat([old, x], 1) for old in (self.raw, self.decoded))
 
     def crop(self, tokens: int) -> None:
-        self.raw, self.decoded = self.raw[:, :tokens], self.decoded[:, :tokens]
+        self.raw, self.decoded, self.at = self.raw[:, :tokens], self.decoded[:, :tokens], self.at[:tokens]
         length = self.behind()
         self.frontier, self.decided = min(self.frontier, length), min(self.decided, length)
         self.pinned = {p for p in self.pinned if p < length}
@@ -173,6 +178,7 @@ class OracleLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         given = [self.parent.rounded(x) for x in (key_states, value_states)]
         new = self.parent.real(len(self.rows), self.slots, key_states.shape[2])
+        at = self.parent.positions(len(self.rows), self.slots, key_states.shape[2])
         for row in self.rows:
             for stream in row.streams:
                 stream.apply(stream.behind(), self.updates == 1, row.starts, final=True)
@@ -180,7 +186,10 @@ class OracleLayer(CacheLayerMixin):
         for i, row in enumerate(self.rows):
             row.real += new[i]
             for stream, x in zip(row.streams, given, strict=True):
-                stream.append(x[i][:, torch.tensor(new[i], dtype=torch.bool)])
+                stream.append(
+                    x[i][:, torch.tensor(new[i], dtype=torch.bool)],
+                    [p for p, r in zip(at[i], new[i], strict=True) if r],
+                )
                 if sum(new[i]) > HELD:
                     stream.apply(stream.behind() - HELD, self.updates == 0, row.starts, final=False)
         self.updates, self.slots = self.updates + 1, self.slots + key_states.shape[2]
@@ -232,11 +241,25 @@ class OracleCache(Cache):
 
     mask (B, slots): which of the first slots are tokens; slots beyond it are. A batch that is a multiple of B repeats
     its rows, as beams do. bits: round what is stored to so many significant bits, to learn how far rounding carries.
+    With a model, positions are those that its forward is given; otherwise the numbers of the slots.
     """
 
-    def __init__(self, recipe, layers: int, mask: Tensor | None = None, bits: int | None = None):
+    def __init__(self, recipe, layers: int, mask: Tensor | None = None, bits: int | None = None, model=None):
         self.prefill, self.mask, self.bits = recipe.prefill, None if mask is None else mask.bool(), bits
         super().__init__(layers=[OracleLayer(plan, self) for plan in recipe.for_layers(layers)])
+        self.given: tuple[int, Tensor] | None = None
+        if model is not None:
+            watch(model, self, "told")
+
+    def told(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """The forward that comes was given these position ids (1 or B, slots), or none."""
+        self.given = None if positions is None else (self.layers[0].slots, positions.expand(batch, -1))
+
+    def positions(self, batch: int, first: int, count: int) -> list[list[int]]:
+        """The positions of the slots [first, first + count)."""
+        if self.given and self.given[0] == first:
+            return self.given[1].tolist()
+        return [list(range(first, first + count))] * batch
 
     def real(self, batch: int, first: int, count: int) -> list[list[bool]]:
         """Which of the slots [first, first + count) are tokens."""

@@ -28,6 +28,10 @@ class Shadow(kvist.Cache):
         self.wanted: dict[int, tuple[Tensor, Tensor]] = {}
         self.checked = self.attended = 0
 
+    def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        super().announce(batch, slots, mask, positions)
+        self.oracle.told(batch, slots, mask, positions)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         wanted = self.oracle.update(key_states, value_states, layer_idx)
@@ -126,8 +130,8 @@ def compare(run: Run, recipe, way: str = "attached", mask: Tensor | None = None,
         assert shadow.checked
         assert shadow.attended or way != "attached" or not recipe.layers[0].packs
         assert not (shadow.attended and way == "eager")
-        wanted = run(model, OracleCache(recipe, layers, mask))
-        rough = run(model, OracleCache(recipe, layers, mask, bits=ROUGH))
+        wanted = run(model, OracleCache(recipe, layers, mask, model=model))
+        rough = run(model, OracleCache(recipe, layers, mask, ROUGH, model))
     shadow.close()
     agree(found, wanted, rough)
     if recipe.name == "exact":

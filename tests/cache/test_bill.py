@@ -19,11 +19,9 @@ def test_bill_equals_the_measured_allocation(text, batch, reserved):
     model = tiny_llama(dim=40)
     for length in LENGTHS:
         reserve = length + 77 if reserved else 0
-        cache = kvist.Cache(model, recipe(text), reserve=reserve)
+        cache = kvist.Cache(model, recipe(text, 40), reserve=reserve)
         with torch.no_grad():
-            model.model(**unpadded(batch, length), past_key_values=cache) if batch == 1 else model(
-                **unpadded(batch, length), past_key_values=cache
-            )
+            model(**unpadded(batch, length), past_key_values=cache)
         bill = cache.recipe.bill(SHAPE, 2, length, batch, reserve)
         assert dict(bill) == {item: nbytes for item, nbytes in cache.report().allocated.items() if nbytes}
 

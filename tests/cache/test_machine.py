@@ -42,6 +42,8 @@ CASES = [
     "logquant window=32",
     "partial-logquant window=40 sinks=2",
     "kvmix k=3,2 v=4,1",
+    "kvquant:2 outliers=12% sinks=3",
+    "kvquant:3 recent=40",
 ]
 SEEDS = st.integers(0, 2**16)
 COUNTS = st.one_of(st.just(1), st.integers(1, 80))
@@ -58,7 +60,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(prefill=st.sampled_from(["exact", "stored"]), reserve=st.sampled_from([0, 0, 150]))
     def start(self, prefill, reserve):
-        self.recipe = recipe(self.text, prefill=prefill)
+        self.recipe = recipe(self.text, DIM, prefill=prefill)
         self.cache = kvist.Cache(self.model, self.recipe, reserve=reserve)
         self.oracle = OracleCache(self.recipe, self.layers)
         self.real = torch.ones(0, 0, dtype=torch.bool)

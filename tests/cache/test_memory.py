@@ -35,7 +35,7 @@ def wide(text: str, layers: int, reserve: int = 0, **options) -> kvist.Cache:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to(torch.bfloat16)
-    return kvist.Cache(model, recipe(text, **options), reserve=reserve)
+    return kvist.Cache(model, recipe(text, DIM, **options), reserve=reserve)
 
 
 def pair(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +49,7 @@ def filled(text: str, count: int, layers: int = 1, **options) -> kvist.Cache:
     cache = wide(text, layers, reserve=count + 8192, **options)
     for start in range(0, count, 2048):
         keys, values = pair(min(2048, count - start), start)
+        cache.announce(1, keys.shape[2], None)
         for layer in range(layers):
             cache.update(keys, values, layer)
     return cache
@@ -61,6 +62,7 @@ def step_bytes(cache: kvist.Cache) -> int:
     layer = cache.layers[0]
 
     def step():
+        cache.announce(1, 1, None)
         handle, _ = cache.update(keys, values, 0)
         view = View.after(layer) if not isinstance(handle, Handle) else handle.source
         view.attend(query, DIM**-0.5)
@@ -87,6 +89,7 @@ def test_prefill_chunk_does_not_grow_with_the_past(text):
         cache, keys_values = filled(text, past, layers=2), pair(512)
 
         def chunk(cache=cache, keys_values=keys_values):
+            cache.announce(1, 512, None)
             for layer in (0, 1):
                 handle, _ = cache.update(*keys_values, layer)
                 handle.source.attend(query, DIM**-0.5)

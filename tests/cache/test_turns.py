@@ -76,6 +76,7 @@ def test_shallow_crop_leaves_no_trace(text):
             stop = first + last - gone
             for a, b in ((0, first), (first, stop + extra), (stop, stop + 3)):
                 if a < b:
+                    cache.announce(1, b - a, None)
                     given = cache.update(keys[:, :, a:b], values[:, :, a:b], 0)
                 if b == stop + extra and extra:
                     cache.crop(-extra)

@@ -14,7 +14,7 @@ from kvist.cache.rows import Rows
 from kvist.plan import LayerPlan, Recipe
 from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Sliding, Streaming
 
-HEADS, DIM, LENGTH = 2, 40, 301
+HEADS, DIM, LENGTH = 2, 32, 301
 
 
 def data(length: int, outliers: bool = False, seed: int = 0) -> torch.Tensor:

@@ -15,6 +15,7 @@ from kvist.methods import resolve
 from kvist.models import compat
 from kvist.models.adapter import SERVED, describe
 from kvist.models.hooks import watch
+from kvist.models.rope import rotary
 from kvist.plan import Recipe
 
 
@@ -40,6 +41,7 @@ class Cache(TransformersCache):
         if reserve < 0:
             raise ValueError(f"reserve is a number of tokens, found {reserve}")
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
+        self._check_fit(model)
         self.rows = Rows()
         plans = iter(recipe.for_layers(len(self.describes.served)))
         layers: list = [
@@ -49,8 +51,26 @@ class Cache(TransformersCache):
             for kind, arguments in zip(self.describes.kinds, self.describes.arguments, strict=True)
         ]
         super().__init__(layers=layers)
-        self._padded_step: Tensor | None = None
+        self._odd_step: Tensor | None = None
         self._listen(model)
+
+    def _check_fit(self, model) -> None:
+        """Refuse a recipe that lacks something, or was fitted to another model."""
+        recipe = self.recipe
+        if recipe.needs:
+            raise ValueError(
+                f"{recipe.name} needs {' and '.join(recipe.needs)}: run `kvist calibrate MODEL --method "
+                f"'{recipe.name}' --out DIR`, then use '{recipe.name} artifact=DIR'"
+            )
+        try:
+            if recipe.model is not None:
+                recipe.model.check(self.describes.identity)
+            if recipe.rotary:
+                found = rotary(model)
+                if not all(plan.key.codec.transform.same(found) for plan in recipe.layers):
+                    raise ValueError("the model's rotary embedding differs; calibrate for this model")
+        except ValueError as error:
+            raise ValueError(f"this recipe of {recipe.name} does not fit: {error}") from None
 
     def _listen(self, model) -> None:
         self._model = weakref.ref(model)
@@ -61,8 +81,9 @@ class Cache(TransformersCache):
         """The layers that kvist stores."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
-    def announce(self, batch: int, slots: int, mask: Tensor | None) -> None:
-        """What the coming forward brings: slots per row, and which are tokens (B, past + slots), None for all.
+    def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        """What the coming forward brings: slots per row, which are tokens (B, past + slots), None for all, and their
+        positions (1 or B, slots), None for the numbers of the slots.
 
         Called by the hook. The mask must agree with what is stored for the slots before.
         """
@@ -85,15 +106,35 @@ class Cache(TransformersCache):
             if mask.device.type == "cpu" or slots > 1:
                 self._agree(mask[:, :past])
             else:  # reading the mask would stall every decode step: note what it says, and look at the next occasion
-                self._padded_step = self._padded_step | ~real.all() if self._padded_step is not None else ~real.all()
+                self._note(~real.all())
                 real = None
-        self.rows.extend(batch, slots, real)
+        self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
+
+    def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
+        """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
+        if not self.recipe.rotary or positions is None:
+            return None
+        if positions.dim() != 2 or positions.shape[-1] != slots or positions.shape[0] not in (1, batch):
+            raise ValueError(
+                f"keys are stored before RoPE, which needs position ids of shape (batch, tokens), found "
+                f"{tuple(positions.shape)}; use an artefact with keys post-rope"
+            )
+        positions = positions.expand(batch, -1)
+        if positions.device.type == "cpu" or slots > 1 or not self.rows.runs:
+            return positions.cpu()
+        expected = torch.tensor(self.rows.next_positions()).unsqueeze(-1)
+        self._note((positions != expected.to(positions.device)).any())  # not read here: it would stall the step
+        return expected
+
+    def _note(self, unexpected: Tensor) -> None:
+        self._odd_step = unexpected if self._odd_step is None else self._odd_step | unexpected
 
     def _check_steps(self) -> None:
-        if self._padded_step is not None and bool(self._padded_step):
+        if self._odd_step is not None and bool(self._odd_step):
             raise ValueError(
-                "a decode step masked its own token on the accelerator, where masks of single steps are not read; "
-                "kvist stored it as a token: pass such steps as chunks of two or more"
+                "a decode step on the accelerator, where masks and positions of single steps are not read, masked its "
+                "own token or skipped a position; kvist stored it as the next token: pass such steps as chunks of two "
+                "or more"
             )
 
     def _agree(self, mask: Tensor) -> None:
@@ -115,10 +156,10 @@ class Cache(TransformersCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
         if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
-            if batch > 1:
+            if batch > 1 or self.recipe.rotary:
                 raise ValueError(
-                    f"a batch of {batch} arrived without its attention mask being seen, so padding cannot be told from "
-                    "tokens; call the model that was given to kvist.Cache, not a part of it"
+                    f"a batch of {batch} arrived without its attention mask and positions being seen, so padding "
+                    "cannot be told from tokens; call the model that was given to kvist.Cache, not a part of it"
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
@@ -127,7 +168,7 @@ class Cache(TransformersCache):
 
     def reset(self) -> None:
         super().reset()
-        self.rows.runs, self.rows.slots, self._padded_step = [], 0, None
+        self.rows.runs, self.rows.slots, self._odd_step = [], 0, None
 
     def mend(self) -> None:
         """After a forward that was interrupted: forget what only some of the layers were given."""

@@ -20,7 +20,7 @@ from kvist.cache.rows import Run
 from kvist.cache.track import SlotMap, State, Track
 from kvist.plan import Recipe
 
-FORMAT = 1
+FORMAT = 2
 SAMPLE = 16  # numbers of each weight that go into the fingerprint
 
 
@@ -143,6 +143,7 @@ def _save_track(track: Track, behind: list[int], prefix: str, tensors: dict[str,
         "tables": [[order[page] for page in table] for table in pool.tables],
         "pins": [list(pins.items()) for pins in exact.pins],
         "capacity": capacity,
+        "clipped": int(track.clipped),
     }
 
 
@@ -169,6 +170,7 @@ def _load_layer(layer, state: dict, tensors: dict[str, Tensor], device: torch.de
 def _load_track(track: Track, behind: list[int], saved: dict, tensors: dict[str, Tensor]) -> None:
     pool, exact = track.pool, track.exact
     track.states = [State(*state) for state in saved["states"]]
+    track.clipped += saved["clipped"]
     # own, aligned memory: a mapped file is neither, and vector code rounds otherwise where memory is not aligned
     exact.sinks, exact.pinned, exact.ring = (tensors[name].clone() for name in ("sinks", "pinned", "ring"))
     exact.pins = [dict(pins) for pins in saved["pins"]]

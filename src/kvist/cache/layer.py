@@ -53,7 +53,8 @@ class Layer(CacheLayerMixin):
         self.device, self.dtype = key_states.device, key_states.dtype
         sides = zip(self.plan.sides, (key_dim, self.shape.value_dim), strict=True)
         self.key, self.value = (
-            Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device) for side, dim in sides
+            Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device, self.rows)
+            for side, dim in sides
         )
         self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
         self._fit(0)

@@ -11,8 +11,9 @@ from kvist.cache.track import Track
 class Report:
     """Bytes by item, used (holding tokens now) and allocated (room included); tokens counted over rows, per layer.
 
-    items: "codes", "scale", "offset", "outlier", "channel", "values" in pages; "sinks", "pins", "recent" exact;
-    "tables"; "other" for layers that transformers' own cache serves.
+    items: "codes", "scale", "offset", "outlier", "channel", "ends", "values" in pages; "sinks", "pins", "recent"
+    exact; "tables"; "other" for layers that transformers' own cache serves. clipped: numbers that a fixed
+    range had to clip, since the start, cropped tokens included.
     """
 
     recipe: str
@@ -23,6 +24,7 @@ class Report:
     exact: float
     elements: int
     exact_bytes: int
+    clipped: int
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +57,9 @@ class Report:
         lines.append(
             f"  {self.bits_per_element:.2f} bits per element; 16-bit cache {_size(self.exact_bytes)} ({ratio:.2f}x)"
         )
+        if self.clipped:
+            share = self.clipped / self.elements
+            lines.append(f"  {self.clipped} numbers ({share:.2g} of all) lay beyond their fixed range and were clipped")
         return "\n".join(lines)
 
 
@@ -85,7 +90,8 @@ def measure(recipe: str, layers: list) -> Report:
             exact_bytes += 2 * (layer.keys.numel() + layer.values.numel())
     tokens = max((sum(layer.lengths) for layer in ours), default=0)
     n = max(1, len(ours))
-    return Report(recipe, dict(used), dict(+allocated), tokens, packed / n, exact / n, elements, exact_bytes)
+    clipped = sum(int(track.clipped) for layer in ours for track in layer.tracks)
+    return Report(recipe, dict(used), dict(+allocated), tokens, packed / n, exact / n, elements, exact_bytes, clipped)
 
 
 def _track(layer: Layer, track: Track, used: Counter, allocated: Counter) -> None:

@@ -1,10 +1,12 @@
 """Where each row's real tokens sit among the slots that transformers counts: integers only.
 
 A slot may be padding. A row's tokens are numbered without gaps; a run says that `count` tokens from `token` on sit in
-consecutive slots from `slot` on. Left padding is one run that starts late.
+consecutive slots from `slot` on, and were rotated for consecutive positions from `position` on. Left padding is one run
+that starts late.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ class Run(NamedTuple):
     slot: int
     token: int
     count: int
+    position: int
 
 
 class Rows:
@@ -28,16 +31,23 @@ class Rows:
     def batch(self) -> int:
         return len(self.runs)
 
-    def extend(self, batch: int, slots: int, real: Tensor | None) -> None:
-        """Announce the next `slots` slots; real (B, slots), bool, or None where every one is a token."""
+    def extend(self, batch: int, slots: int, real: Tensor | None, positions: Tensor | None = None) -> None:
+        """Announce the next `slots` slots; real (B, slots), bool, or None where every one is a token; positions
+        (B, slots), or None where they are the numbers of the slots."""
         if not self.runs:
             self.runs = [[] for _ in range(batch)]
         self.check(batch)
         flags = None if real is None or bool(real.all()) else real.tolist()
+        given = None if positions is None or _consecutive(positions) else positions.tolist()
+        first = None if positions is None else positions[:, 0].tolist()
         for row, runs in enumerate(self.runs):
             pieces = [(0, slots)] if flags is None else _stretches(flags[row])
+            if given is not None:
+                pieces = [piece for stretch in pieces for piece in _climbs(given[row], *stretch)]
             for start, count in pieces:
-                self._append(runs, self.slots + start, count)
+                position = self.slots + start if first is None else first[row] + start
+                position = position if given is None else given[row][start]
+                self._append(runs, self.slots + start, count, position)
         self.slots += slots
 
     def check(self, batch: int) -> None:
@@ -48,12 +58,12 @@ class Rows:
             )
 
     @staticmethod
-    def _append(runs: list[Run], slot: int, count: int) -> None:
-        token = runs[-1].token + runs[-1].count if runs else 0
-        if runs and runs[-1].slot + runs[-1].count == slot:
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + count)
+    def _append(runs: list[Run], slot: int, count: int, position: int) -> None:
+        last = runs[-1] if runs else Run(0, 0, 0, 0)
+        if runs and (last.slot + last.count, last.position + last.count) == (slot, position):
+            runs[-1] = last._replace(count=last.count + count)
         else:
-            runs.append(Run(slot, token, count))
+            runs.append(Run(slot, last.token + last.count, count, position))
 
     def crop(self, slots: int) -> None:
         """Forget all slots from `slots` on."""
@@ -83,12 +93,41 @@ class Rows:
 
     def dense(self, slots: int) -> bool:
         """Whether every one of the first `slots` slots is a token, in every row."""
-        return all(len(runs) == 1 and runs[0].slot == 0 and runs[0].count >= slots for runs in self.runs)
+        return bool(self.runs) and all(self.tokens(row, slots) == slots for row in range(self.batch))
 
     def slot_of(self, row: int, device: torch.device) -> Tensor:
         """The slot of each token of a row, (tokens,) int64."""
         runs = [torch.arange(run.slot, run.slot + run.count, device=device) for run in self.runs[row]]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.long, device=device)
+
+    def shift(self, row: int) -> int | None:
+        """What a row's positions are ahead of its tokens' numbers; None if that changes on the way."""
+        shifts = {run.position - run.token for run in self.runs[row]}
+        return shifts.pop() if len(shifts) == 1 else 0 if not shifts else None
+
+    def positions(self, row: int, tokens: Tensor) -> Tensor:
+        """The positions that some tokens of a row were rotated for; any number for a token -1."""
+        shift = self.shift(row)
+        if shift is not None:
+            return tokens + shift
+        runs = self.runs[row]
+        starts, shifts = torch.tensor([(run.token, run.position - run.token) for run in runs], device=tokens.device).T
+        which = torch.searchsorted(starts.contiguous(), tokens, right=True) - 1
+        return tokens + shifts[which.clamp_min(0)]
+
+    def next_positions(self) -> list[int]:
+        """The position after the last token of each row."""
+        return [runs[-1].position + runs[-1].count if runs else 0 for runs in self.runs]
+
+
+def _consecutive(positions: Tensor) -> bool:
+    return bool((positions[:, 1:] - positions[:, :-1] == 1).all())
+
+
+def _climbs(positions: Sequence[int], start: int, count: int) -> list[tuple[int, int]]:
+    """(start, count) of the parts of a stretch in which each position is one above the last."""
+    cuts = [i for i in range(start + 1, start + count) if positions[i] != positions[i - 1] + 1]
+    return [(a, b - a) for a, b in pairwise([start, *cuts, start + count])]
 
 
 def _stretches(flags: Sequence[bool]) -> list[tuple[int, int]]:

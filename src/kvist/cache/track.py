@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
+from kvist.cache.rows import Rows
 from kvist.plan import LayerPlan, Side
 from kvist.types import Geometry
 
@@ -91,14 +92,16 @@ class Track:
         batch: int,
         reserve: int,
         device: torch.device,
+        rows: Rows,
     ):
-        self.side, self.plan, self.dim, self.batch, self.reserve = side, plan, dim, batch, reserve
+        self.side, self.plan, self.dim, self.batch, self.reserve, self.rows = side, plan, dim, batch, reserve, rows
         self.rule, self.codec = side.retention, side.codec
         specs = self.codec.layout(shape.heads, dim, shape.dtype) if plan.packs else {}
         self.pool = Pool(specs, shape.heads, page, device, batch)
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
         self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, shape.dtype, device)
         self.states = [State() for _ in range(batch)]
+        self.clipped = torch.zeros((), dtype=torch.long, device=device)  # entries beyond a fixed range, without a slot
 
     @property
     def frontiers(self) -> list[int]:
@@ -119,9 +122,8 @@ class Track:
             pieces = [slots.pieces(start, frontier) for slots in maps]
             self._grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
             for piece in zip(*pieces, strict=True):
-                self._encode(
-                    rows, source[:, :, piece[0][0] - start : piece[0][1] - start], [slot for _, _, slot in piece]
-                )
+                part = source[:, :, piece[0][0] - start : piece[0][1] - start]
+                self._encode(rows, part, [slot for _, _, slot in piece], self._at(rows, range(*piece[0][:2])))
         if self.rule.most_pins:
             wanted = [p for p in self.rule.pins(decided) if p < frontier]
             for i, row in enumerate(rows):
@@ -140,18 +142,28 @@ class Track:
         for row, start, stop in zip(rows, starts, stops, strict=True):
             self.pool.extend(row, start, stop)
 
-    def _encode(self, rows: Sequence[int], source: Tensor, slots: Sequence[int]) -> None:
+    def _at(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor | None:
+        """What tokens behind the sinks were rotated for, (R, n); None where the codec does not ask."""
+        if self.codec.transform.fixed:
+            return None
+        tokens = torch.as_tensor(positions, device=self.pool.device) + self.plan.sinks
+        return torch.stack([self.rows.positions(row, tokens) for row in rows])
+
+    def _encode(self, rows: Sequence[int], source: Tensor, slots: Sequence[int], at: Tensor | None) -> None:
         granule, page = self.codec.granule, self.pool.page
         short = -source.shape[2] % granule
         if short:  # a closed group: its own last token fills it up and changes no range
             source = torch.cat([source, source[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
+            at = None if at is None else torch.cat([at, at[:, -1:].expand(-1, short)], dim=1)
         tokens = source.shape[2]
         step = max(page, TILE // (source.shape[0] * source.shape[1] * self.dim) // page * page)
         head = -slots[0] % page if len({slot % page for slot in slots}) == 1 else 0
         whole = head + max(0, tokens - head) // page * page
         cuts = sorted({0, min(head, tokens), *range(head + step, whole, step), min(whole, tokens), tokens})
         for a, b in pairwise(cuts):
-            self.pool.write(rows, [slot + a for slot in slots], self.codec.encode(source[:, :, a:b]))
+            arrays = self.codec.encode(source[:, :, a:b], None if at is None else at[:, a:b])
+            self.clipped += arrays.pop("clipped", 0)
+            self.pool.write(rows, [slot + a for slot in slots], arrays)
 
     def crop(self, row: int, length: int, maps: SlotMap, slots: int) -> None:
         """Forget positions from `length` on; `slots` is the slot at which the packed stretch then ends."""
@@ -162,13 +174,17 @@ class Track:
         state.decided = min(state.decided, length)
         self.exact.pins[row] = {p: s for p, s in self.exact.pins[row].items() if p < length}
 
-    def decode(self, row: int, slots: Sequence[int]) -> Tensor:
-        """Packed tokens of one row at some slots: (H, n, D), each group decoded once."""
+    def decode(self, row: int, positions: Sequence[int], maps: SlotMap) -> Tensor:
+        """Packed tokens of one row at some positions: (H, n, D), each group decoded once."""
         granule = self.codec.granule
+        slots = [maps.slot_of(p) for p in positions]
         groups = sorted({slot // granule for slot in slots})
-        decoded = self.codec.decode(self.pool.entries(row, groups, granule))
         place = {group: i * granule for i, group in enumerate(groups)}
         index = [place[slot // granule] + slot % granule for slot in slots]
+        at = self._at([row], positions)
+        if at is not None:  # what else is in these groups is decoded for some position, and left out
+            at = at.new_zeros(len(groups) * granule).index_copy_(0, torch.tensor(index, device=at.device), at[0])
+        decoded = self.codec.decode(self.pool.entries(row, groups, granule), at)
         run = range(index[0], index[0] + len(index))
         return decoded[:, run.start : run.stop] if index == list(run) else decoded[:, index]
 
@@ -179,7 +195,7 @@ class Track:
             if positions.start >= frontier:
                 return exact.get([row], positions.start, positions.stop)[0]
             if positions.stop <= frontier:
-                return self.decode(row, [maps.slot_of(p) for p in positions])
+                return self.decode(row, positions, maps)
         out = exact.ring.new_empty(exact.ring.shape[1], len(positions), self.dim)
         recent = [i for i, p in enumerate(positions) if p >= frontier]
         pinned = [i for i, p in enumerate(positions) if p < frontier and p in pins]
@@ -189,7 +205,7 @@ class Track:
         if pinned:
             out[:, pinned] = exact.pinned[row][:, [pins[positions[i]] for i in pinned]]
         if packed:
-            out[:, packed] = self.decode(row, [maps.slot_of(positions[i]) for i in packed]).to(out.dtype)
+            out[:, packed] = self.decode(row, [positions[i] for i in packed], maps).to(out.dtype)
         return out
 
     def select(self, rows: Tensor, order: Sequence[int]) -> None:
@@ -203,3 +219,4 @@ class Track:
         """Move the storage to another device."""
         self.pool.to(device)
         self.exact.to(device)
+        self.clipped = self.clipped.to(device)

@@ -14,11 +14,12 @@ from torch import Tensor
 from kvist.cache.look import QUERIES, Look, attend_tiled
 from kvist.cache.loose import Loose, loose
 from kvist.kernels.attend import Partial, merge
-from kvist.kernels.choose import packed_attention
+from kvist.kernels.choose import Stored, packed_attention
 from kvist.types import HOLD
 
 if TYPE_CHECKING:
     from kvist.cache.layer import Layer
+    from kvist.cache.track import Track
 
 CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in a decode step
 PROMPT_TILE = 1 << 18
@@ -129,15 +130,29 @@ class View:
 
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
         key, value = self.layer.key, self.layer.value
-        q = key.codec.transform.forward(q)
+        fixed = key.codec.transform.fixed
+        q = key.codec.transform.forward(q) if fixed else q
         fast, _ = packed_attention(key.codec.traits, value.codec.traits, self.device)
-        if fast is not None and look.plain(self.chunk is not None) and q.shape[2] <= HOLD:
-            tables = tuple(track.pool.table(self.layer.table_width(track)) for track in self.layer.tracks)
-            arrays = (key.pool.arrays, value.pool.arrays)
-            part = fast(q, *arrays, tables, self.limits, self.skip, self.layer.page, look.scale, look.softcap)
+        origins = None if fixed else self._origins()
+        served = fixed or origins is not None
+        if fast is not None and served and look.plain(self.chunk is not None) and q.shape[2] <= HOLD:
+            stored = (self._stored(track) for track in self.layer.tracks)
+            part = fast(q, *stored, self.limits, self.skip, self.layer.page, look.scale, look.softcap, origins)
         else:
             part = self._packed_tiles(q, look)
         return Partial(value.codec.transform.inverse(part.out), part.lse)
+
+    def _stored(self, track: Track) -> Stored:
+        constants = track.codec.constants(self.layer.shape.heads, self.device)
+        return Stored(track.pool.arrays, track.pool.table(self.layer.table_width(track)), constants)
+
+    def _origins(self) -> list[int] | None:
+        """The position of page slot 0 of each row, where that of slot i is i more; None where it is not so."""
+        shifts = [self.rows.shift(row) for row in range(len(self.lengths))]
+        if any(len(maps.runs) > 1 for maps in self.maps):
+            return None
+        found = [shift + self.layer.plan.sinks for shift in shifts if shift is not None]
+        return found if len(found) == len(shifts) else None
 
     def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
         """The reference: decode some pages, attend, merge."""
@@ -158,8 +173,9 @@ class View:
         for first in range(0, pages, step):
             last = min(first + step, pages)
             tokens = self._tokens(first * layer.page, last * layer.page)
+            at = torch.stack([self.rows.positions(row, line) for row, line in enumerate(tokens)])
             keys, values = (
-                track.codec.decode(track.pool.gather(table[:, first:last]), inverse=False)
+                track.codec.decode(track.pool.gather(table[:, first:last]), at, inverse=False)
                 for track, table in zip(layer.tracks, tables, strict=True)
             )
             yield keys, values, tokens
@@ -206,7 +222,8 @@ class View:
         out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
         codec = self.layer.tracks[side].codec
         for *sides, tokens in self._tiles(PROMPT_TILE) if any(self.limits) else ():
-            self._place(out, codec.transform.inverse(sides[side]), tokens)
+            x = sides[side]
+            self._place(out, codec.transform.inverse(x) if codec.transform.fixed else x, tokens)
         for part in parts:
             self._place(out, part[side], part.tokens)
         if self.chunk is not None:
