@@ -1,0 +1,1 @@
+"""How good a method is on text: perplexity and divergence, with intervals."""
