@@ -1,11 +1,8 @@
 """Every registered method with windows and groups so small that 200 tokens fill several pages."""
 
-import random
-from statistics import NormalDist
-
 from kvist import methods
-from kvist.coding import Codec, Fixed, Table, Unrotate
-from kvist.plan import LayerPlan, Recipe
+from kvist.bench.stand_in import stand_in
+from kvist.plan import Recipe
 
 # Several settings of a method may be listed; a method that is not listed is tested as it comes.
 SMALL = [
@@ -47,35 +44,4 @@ EACH = [next(text for text in CASES if text.split()[0].split(":")[0] == name) fo
 
 def recipe(text: str, dim: int = 32, **changes) -> Recipe:
     """The recipe of a case, with fields of the recipe changed; what must be fitted is made up for 2 heads of `dim`."""
-    return fitted(Recipe.model_validate(methods.parse(text).model_dump() | changes), 2, dim)
-
-
-def fitted(plan: Recipe, heads: int, dim: int) -> Recipe:
-    """A recipe without gaps: tables and ranges that suit normal numbers, some channels clipped, and a rotary embedding
-    of base 10,000."""
-    if not plan.needs:
-        return plan
-    layers = tuple(
-        LayerPlan(
-            **{
-                name: side.model_copy(update={"codec": _fitted(side.codec, heads, dim)})
-                for name, side in (("key", layer.key), ("value", layer.value))
-            }
-        )
-        for layer in plan.layers
-    )
-    return Recipe.model_validate(plan.model_dump() | {"layers": layers})
-
-
-def _fitted(codec: Codec, heads: int, dim: int) -> Codec:
-    draw, parts, bits = random.Random(heads * dim), {}, codec.levels.bits
-    if codec.levels.kind == "table":
-        points = [NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)]
-        parts["levels"] = Table(bits=bits, points=tuple(p / points[-1] for p in points))
-    if codec.range.kind == "fixed":
-        middle, reach = ([draw.uniform(*ends) for _ in range(heads * dim)] for ends in ((-0.5, 0.5), (1.5, 4.0)))
-        low, high = (tuple(m + sign * r for m, r in zip(middle, reach, strict=True)) for sign in (-1, 1))
-        parts["range"] = Fixed(low=low, high=high)
-    if codec.transform.kind == "unrotate":
-        parts["transform"] = Unrotate(frequencies=tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
-    return Codec(**{name: getattr(codec, name) for name in type(codec).model_fields} | parts)
+    return stand_in(Recipe.model_validate(methods.parse(text).model_dump() | changes), 2, dim)

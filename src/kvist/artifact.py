@@ -103,7 +103,7 @@ class Artifact(Part):
 
     def __str__(self) -> str:
         s, m = self.settings, self.model
-        outliers = f"-{s.outliers:.3g}" if s.outliers else ""
+        outliers = f"-{100 * s.outliers:g}%" if s.outliers else ""
         return f"{s.levels}{s.bits}{outliers} for {m.name} ({m.layers} layers, {m.heads} KV heads of {m.key_dim})"
 
     def save(self, folder: str | Path) -> None:

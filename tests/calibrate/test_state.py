@@ -38,12 +38,12 @@ def run(folder, settings=CAPPED, model=None, windows=WINDOWS, progress=lambda *d
     model = model or tiny_llama()
 
     def count(module, args, kwargs):
-        x = kwargs.get("input_ids")
-        if x is not None and x.shape[1] == windows.shape[1]:
+        x, embedded = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if x is None and embedded is not None:
+            same = embedded[0].unsqueeze(1) == module.get_input_embeddings().weight
+            x = same.all(-1).int().argmax(-1).unsqueeze(0)
+        if x is not None and x.shape[1] == windows.shape[1]:  # others try whether the model can serve
             shown[tuple(x[0].tolist())] += 1
-        elif x is None and kwargs.get("inputs_embeds") is not None:
-            ids = (kwargs["inputs_embeds"][0].unsqueeze(1) == module.get_input_embeddings().weight).all(-1).int()
-            shown[tuple(ids.argmax(-1).tolist())] += 1
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
@@ -157,6 +157,12 @@ def test_progress_of_another_run_is_not_used(other, tmp_path):
     shown = run(tmp_path / "used", **other)
     assert shown.total() == 3 * len(other.get("windows", WINDOWS))
     assert files(tmp_path / "used") == files(tmp_path / "clean")
+
+
+def test_the_dtype_counts_where_weights_are_the_same_numbers(tmp_path):
+    half = copy.deepcopy(tiny_llama()).bfloat16()
+    run(tmp_path, model=copy.deepcopy(half).float(), progress=stop_at("tables", 3))
+    assert run(tmp_path, model=half).total() == 12
 
 
 def test_progress_does_for_other_ladders(tmp_path):

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvist.attention.function import packed_attention
+from kvist.bench.stand_in import stand_in
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.methods import parse
@@ -83,7 +84,7 @@ def quantized(backend: str, bits: int) -> Contender:
 
 def ours(method: str) -> Contender:
     """A kvist cache, attached."""
-    recipe, rows = parse(method), Rows()
+    recipe, rows = stand_in(parse(method), KV_HEADS, DIM), Rows()
     layers: list = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
     cache = TransformersCache(layers=layers)
 

@@ -15,7 +15,8 @@ from kvist.bench.contenders import SHAPE, Contender
 from kvist.bench.table import machine, show, write
 
 LENGTHS = (1024, 4096, 16384, 65536)
-METHODS = ("kivi:2", "kivi:4", "hadamard:4", "streaming:2", "logquant:2")
+KVQUANT = ("kvquant:2", "kvquant:2 keys=post-rope outliers=0", "kvquant:3", "kvquant:4")
+METHODS = ("kivi:2", "kivi:4", "hadamard:4", "streaming:2", "logquant:2", *KVQUANT)
 SLOW = 0.5  # seconds: a contender slower than this gets an eighth of the rounds
 
 

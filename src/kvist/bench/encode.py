@@ -3,16 +3,19 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvist.bench.stand_in import stand_in
 from kvist.bench.table import machine, show, write
 from kvist.cache.track import TILE
+from kvist.coding import Codec
 from kvist.methods import parse
 
-METHODS = ("kivi:1", "kivi:2", "kivi:4", "kvmix:3", "int4", "int8", "hadamard:4")
+METHODS = ("kivi:1", "kivi:2", "kivi:4", "kvmix:3", "int4", "int8", "hadamard:4", "kvquant:2", "kvquant:3", "kvquant:4")
 HEADS, DIM, TOKENS, PAGE = 2, 128, 16384, 64
 SHAPE = f"{HEADS} KV heads of {DIM}, bf16, one thread"
 
@@ -29,10 +32,11 @@ def run(
         copied = _rate(lambda tile: tile.clone(), x, step, rounds)
         rows = []
         for text in methods:
-            plan = parse(text).layers[0]
+            plan = stand_in(parse(text), HEADS, DIM).layers[0]
             for name, side in zip(("keys", "values"), plan.sides, strict=True):
-                rate = _rate(side.codec.encode, x, step, rounds)
-                page = _median(lambda codec=side.codec: codec.encode(x[:, :, :PAGE]), 10 * rounds)
+                encode = partial(_encode, side.codec)
+                rate = _rate(encode, x, step, rounds)
+                page = _median(lambda encode=encode: encode(x[:, :, :PAGE]), 10 * rounds)
                 row = {"method": text, "side": name, "MB/s": rate / 1e6, "x copy": rate / copied, "page us": page * 1e6}
                 rows.append(row)
     finally:
@@ -41,6 +45,10 @@ def run(
     write(report, out)
     show(report, as_json)
     return report
+
+
+def _encode(codec: Codec, tile: Tensor) -> object:
+    return codec.encode(tile, torch.arange(tile.shape[2]).unsqueeze(0))
 
 
 def _rate(encode: Callable[[Tensor], object], x: Tensor, step: int, rounds: int) -> float:

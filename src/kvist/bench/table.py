@@ -60,7 +60,8 @@ def show(report: dict, as_json: bool) -> None:
         if "failed" in row:
             cells[-1] = f"failed: {row['failed'][:60]}"
         table.add_row(*cells)
-    Console().print(table)
+    out = Console()
+    Console(width=None if out.is_terminal else 140).print(table)
 
 
 def _cell(value) -> str:

@@ -24,8 +24,10 @@ from kvist.calibrate.state import State
 from kvist.coding import Fixed, Slots, Table, Unrotate
 from kvist.models import rope
 from kvist.models.adapter import describe
+from kvist.models.taps import listen_back
 from kvist.plan import ModelIdentity
 
+SHORT = 8  # tokens that try a model
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
@@ -108,6 +110,8 @@ def observe(
 
     passes = Passes(model, windows, settings, rotary, len(facts.served), state, tick)
     with _at_rest(model):
+        if settings.sensitivity != "none":  # a head whose loss is not known is refused before the hours, not after
+            listen_back(model, windows[:1, :SHORT].to(next(model.parameters()).device), lambda *told: None)
         ranges = passes.thresholds() if settings.key_axis == "channel" else [None] * passes.layers
         keys, values, slots = passes.histograms(ranges)
     settings = settings.model_copy(update={"slots": slots})

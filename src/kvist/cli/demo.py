@@ -8,7 +8,7 @@ import typer
 from kvist.cli.methods import options
 from kvist.cli.show import Json, console, dump, put, table
 
-VARIANTS = ("hadamard:2", "kivi:4")  # beside every method at its defaults
+VARIANTS = ("hadamard:2", "kivi:4", "kvquant:2", "kvquant:3", "kvquant:4")  # beside every method at its defaults
 
 
 def demo(
@@ -24,10 +24,12 @@ def demo(
 
     Example: kvist demo --method kivi:2 --method 'kivi k=2 v=4' --questions 24
     """
-    from kvist.methods import names, parse
+    from kvist.demo.model import recipe
+    from kvist.methods import get, names
 
-    texts = list(dict.fromkeys(["exact", *(method or sorted([*map(_with_bits, names()), *VARIANTS]))]))
-    recipes = [(text, parse(text)) for text in texts]
+    every = [_with_bits(name) for name in names() if not get(name).needs]
+    texts = list(dict.fromkeys(["exact", *(method or sorted([*every, *VARIANTS]))]))
+    recipes = [(text, recipe(text)) for text in texts]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is a folder, found a file at {out}")
 

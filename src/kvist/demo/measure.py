@@ -78,6 +78,7 @@ def _prompt(model, document: Document) -> list[tuple[Tensor, Tensor]]:
 
 def _filled(model, recipe: Recipe, document: Document, prompt: list[tuple[Tensor, Tensor]]) -> Cache:
     cache = Cache(model, recipe, reserve=len(document.ids) + ROOM)
+    cache.announce(1, len(document.ids), None)
     for i, (keys, values) in enumerate(prompt):
         cache.update(keys, values, i)
     return cache

@@ -1,9 +1,25 @@
 """The small model that comes with kvist: our own weights, in the wheel."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+from kvist.methods import parse
+from kvist.plan import Recipe
+
 FOLDER = Path(__file__).with_name("kvist-6m")
+FITTED = Path(__file__).with_name("kvquant")  # artefacts of 2, 3 and 4 bits, by `kvist calibrate` on training novels
+
+
+def recipe(text: str) -> Recipe:
+    """The recipe of a method's text; what must be fitted comes from the artefacts beside the model."""
+    made = parse(text)
+    if not made.needs:
+        return made
+    bits = made.layers[0].key.codec.levels.bits
+    if not (FITTED / str(bits)).is_dir():
+        raise ValueError(f"no artefact of {bits} bits comes with the bundled model; `kvist calibrate` makes one")
+    return parse(f"{text} artifact={shlex.quote(str(FITTED / str(bits)))}")
 
 
 def load(dtype: str = "bfloat16") -> tuple[Any, Any]:

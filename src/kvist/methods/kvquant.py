@@ -15,17 +15,25 @@ HEAD = Grouping(along="channels")
 
 @method("KVQuant, arXiv 2401.18079")
 def kvquant(
-    bits: int | None = None, artifact: str = "", outliers: str = "", sinks: int | None = None, recent: int = 0
+    bits: int | None = None,
+    artifact: str = "",
+    outliers: str = "",
+    sinks: int | None = None,
+    recent: int = 0,
+    keys: str = "",
 ) -> Recipe:
     """Fitted non-uniform levels, keys before RoPE, a few outliers exact. `artifact=DIR` is what `kvist calibrate`
-    wrote, and brings bits (3), outliers (1%) and sinks (1) along; `recent` more tokens stay exact (0 as published)."""
+    wrote, and brings bits (3), outliers (1%), sinks (1) and keys (pre-rope) along; `recent` more tokens stay exact (0
+    as published)."""
     if not artifact:
         share = parse_share("1%" if outliers == "" else outliers)
-        settings = Settings(bits=3 if bits is None else bits, outliers=share)  # pyright: ignore
+        chosen = {"bits": 3 if bits is None else bits, "outliers": share, "keys": keys or "pre-rope"}
+        settings = Settings.model_validate(chosen)
         rule, blank = _rule(recent, 1 if sinks is None else sinks), Fit(table=Table(bits=settings.bits))
-        keys = key_codec(settings, Fit(table=blank.table, range=Fixed()), Unrotate())
+        rotary = Unrotate() if settings.keys == "pre-rope" else None
+        key = key_codec(settings, Fit(table=blank.table, range=Fixed()), rotary)
         plan = LayerPlan(
-            key=Side(codec=keys, retention=rule), value=Side(codec=value_codec(settings, blank), retention=rule)
+            key=Side(codec=key, retention=rule), value=Side(codec=value_codec(settings, blank), retention=rule)
         )
         return Recipe(name="kvquant", paper=kvquant.paper, layers=(plan,))
     fitted = Artifact.find(artifact)
@@ -33,6 +41,8 @@ def kvquant(
         raise ValueError(f"{artifact} was fitted for {fitted.settings.bits} bits, found bits={bits}; leave it out")
     if outliers != "" and abs(parse_share(outliers) - fitted.settings.outliers) > 1e-9:
         raise ValueError(f"{artifact} was fitted for {fitted.settings.outliers:.2%} outliers; leave outliers= out")
+    if keys not in ("", fitted.settings.keys):
+        raise ValueError(f"{artifact} was fitted for keys {fitted.settings.keys}, found keys={keys}; leave it out")
     return recipe(fitted, recent, sinks)
 
 
