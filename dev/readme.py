@@ -21,13 +21,16 @@ from kvist.methods import entry, get, names
 from kvist.types import Geometry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/measured.md")
+PAGES = ("README.md", "docs/measured.md", "docs/kvquant.md")
 SHAPE = Geometry(8, 128, 128, torch.bfloat16)
 LENGTHS = {"4K": 4096, "128K": 131072}  # tokens
 DEMO = ("runs/demo.json", "out/demo/results.json")  # the first that exists
 DECODE = ("runs/decode.json",)
 PASSIVE = ("runs/decode-passive.json",)
 ENCODE = ("runs/encode.json",)
+KVQUANT = ("runs/kvquant.json",)
+MEMORY = ("runs/memory.json",)
+VARIANTS = ("plain", "mild", "strong")
 PICTURE = "docs/demo.png"
 
 
@@ -116,6 +119,63 @@ def encode() -> str | None:
     return f"{note}\n\n{_table(list(columns), rows, 'llrrr')}"
 
 
+def ablation(mode: str) -> str | None:
+    """KVQuant's parts one at a time: bits, then perplexity and KL per variant of the model, means of the two texts."""
+    found = _read(KVQUANT)
+    if found is None:
+        return None
+    rows = [row for row in found["rows"] if row["mode"] == mode]
+    variants = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    order = sorted(names, key=lambda name: name != "exact")
+    head = ["row", "bits, this model at 2K", "bits, 8 x 128 at 32K"]
+    head += [f"{what}, {name}" for name in variants for what in ("WikiText-2 ppl", "KL")]
+    lines = []
+    for name in order:
+        own = [row for row in rows if row["method"] == name]
+        cells = [f"{name}", f"{own[0]['bits']:.2f}", f"{own[0]['bits_large']:.2f}"]
+        for variant in variants:
+            text = {row["text"]: row for row in own if row["variant"] == variant}
+            cells += [f"{text['wikitext2']['perplexity']['value']:.1f}", _both(text)]
+        lines.append(cells)
+    return _table(head, lines, "l" + "r" * (len(head) - 1))
+
+
+def _both(text: dict[str, dict]) -> str:
+    """KL on each text, with a mark where the paired interval of the difference excludes none."""
+    cells = []
+    for name in ("wikitext2", "novels"):
+        row = text[name]
+        low, high = (row["kl_difference"][end] for end in ("low", "high"))
+        cells.append(f"{row['kl']['value']:.3f}{'' if low > 0 or high < 0 else ' ='}")
+    return " / ".join(cells)
+
+
+def memory() -> str | None:
+    """Measured bytes of one layer, and what follows for whole models."""
+    found = _read(MEMORY)
+    if found is None:
+        return None
+    rows = [
+        [f"`{r['method']}`", f"{r['bytes']:,}", f"{r['bits per element']:.3f}", f"{r['MB/s of 16-bit input']:.0f}"]
+        for r in found["measured"]
+    ]
+    measured = _table(["method", "bytes", "bits per element", "MB/s of 16-bit input"], rows, "lrrr")
+    rows = [
+        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GB']:.1f}", f"{r['with weights GB']:.1f}", r["published"]]
+        for r in found["claims"]
+    ]
+    head = ["method", "tokens", "cache, GB", "with 13.5 GB of weights", "published"]
+    claims = _table(head, rows, "lrrrl")
+    rows = [
+        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GB']:.1f}", f"{r['with weights GB']:.1f}"]
+        + [f"{r['80 GB cards']:.0f}"]
+        for r in found["Llama-3-8B"]
+    ]
+    head = ["method", "tokens", "cache, GB", "with 16.1 GB of weights", "80 GB cards at least"]
+    return f"{found['title']}.\n\n{measured}\n\n{claims}\n\nLlama-3-8B shapes:\n\n{_table(head, rows, 'lrrrr')}"
+
+
 def picture() -> str | None:
     """The demo's picture, once there is one."""
     if not (ROOT / PICTURE).exists():
@@ -130,6 +190,9 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "measured: decode": decode,
     "measured: decode-passive": lambda: decode(PASSIVE),
     "measured: encode": encode,
+    "measured: ablation": lambda: ablation("simulated"),
+    "measured: stored": lambda: ablation("stored"),
+    "measured: memory": memory,
 }
 
 
