@@ -162,17 +162,17 @@ def memory() -> str | None:
     ]
     measured = _table(["method", "bytes", "bits per element", "MB/s of 16-bit input"], rows, "lrrr")
     rows = [
-        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GB']:.1f}", f"{r['with weights GB']:.1f}", r["published"]]
+        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GiB']:.1f}", f"{r['with weights GiB']:.1f}", r["published"]]
         for r in found["claims"]
     ]
-    head = ["method", "tokens", "cache, GB", "with 13.5 GB of weights", "published"]
+    head = ["method", "tokens", "cache, GiB", "with 13.5 GB of weights, GiB", "published"]
     claims = _table(head, rows, "lrrrl")
     rows = [
-        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GB']:.1f}", f"{r['with weights GB']:.1f}"]
+        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GiB']:.1f}", f"{r['with weights GiB']:.1f}"]
         + [f"{r['80 GB cards']:.0f}"]
         for r in found["Llama-3-8B"]
     ]
-    head = ["method", "tokens", "cache, GB", "with 16.1 GB of weights", "80 GB cards at least"]
+    head = ["method", "tokens", "cache, GiB", "with 16.1 GB of weights, GiB", "cards of 80 GiB, at least"]
     return f"{found['title']}.\n\n{measured}\n\n{claims}\n\nLlama-3-8B shapes:\n\n{_table(head, rows, 'lrrrr')}"
 
 

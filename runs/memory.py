@@ -23,7 +23,8 @@ from kvist.types import Geometry
 LLAMA_7B = {"layers": 32, "heads": 32, "dim": 128, "weights": 13.5e9}
 LLAMA3_8B = {"layers": 32, "heads": 8, "dim": 128, "weights": 16.1e9}
 TOKENS, CHUNK = 131072, 2048
-GB, CARD = 1e9, 80e9
+GIB = 2**30
+CARD = 80 * GIB  # what a card sold as 80 GB has
 METHODS = ("kvquant:3", "kvquant:2", "kvquant:2 outliers=0", "kvquant:3 outliers=0", "kvquant:4")
 # method, tokens, and what the paper or its repository says, in its words' unit
 CLAIMS = (
@@ -68,7 +69,7 @@ def arithmetic(method: str, model: dict, tokens: int) -> dict:
     shape = Geometry(heads, dim, dim, torch.bfloat16)
     cache = recipe.bill(shape, model["layers"], tokens, reserve=tokens).total()
     total = cache + model["weights"]
-    sizes = {"cache GB": cache / GB, "cache GiB": cache / 2**30, "with weights GB": total / GB}
+    sizes = {"cache GiB": cache / GIB, "with weights GiB": total / GIB}
     return {"method": method, "tokens": tokens, **sizes, "80 GB cards": -(-total // CARD)}
 
 
