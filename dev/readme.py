@@ -108,15 +108,19 @@ def encode() -> str | None:
         "MB/s of input": "MB/s",
         "ratio to a copy": "x copy",
         "page, µs": "page us",
+        "one token, µs": "token us",
     }
-    digits = {"MB/s": 0, "x copy": 3, "page us": 0}
+    digits = {"MB/s": 0, "x copy": 3, "page us": 0, "token us": 0}
     rows = [
-        [f"{row[key]:,.{digits[key]}f}" if key in digits else str(row[key]) for key in columns.values()]
+        [
+            f"{row[key]:,.{digits[key]}f}" if key in digits and key in row else str(row.get(key, ""))
+            for key in columns.values()
+        ]
         for row in found["rows"]
     ]
     copied = f"A copy of the same bytes runs at {found['copy MB/s']:,.0f} MB/s."
     note = f"{found['title']}. {copied} {_machine(found['machine'])}"
-    return f"{note}\n\n{_table(list(columns), rows, 'llrrr')}"
+    return f"{note}\n\n{_table(list(columns), rows, 'llrrrr')}"
 
 
 def ablation(mode: str) -> str | None:
@@ -162,18 +166,28 @@ def memory() -> str | None:
     ]
     measured = _table(["method", "bytes", "bits per element", "MB/s of 16-bit input"], rows, "lrrr")
     rows = [
-        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GiB']:.1f}", f"{r['with weights GiB']:.1f}", r["published"]]
+        [
+            f"`{r['method']}`",
+            f"{r['tokens']:,}",
+            f"{r['cache GiB']:.1f}",
+            f"{r['with weights GiB']:.1f}",
+            r["published"],
+        ]
         for r in found["claims"]
     ]
     head = ["method", "tokens", "cache, GiB", "with 13.5 GB of weights, GiB", "published"]
     claims = _table(head, rows, "lrrrl")
-    rows = [
-        [f"`{r['method']}`", f"{r['tokens']:,}", f"{r['cache GiB']:.1f}", f"{r['with weights GiB']:.1f}"]
-        + [f"{r['80 GB cards']:.0f}"]
-        for r in found["Llama-3-8B"]
-    ]
+    rows = [[*_sizes(r), r["published"]] for r in found["claims"]]
+    head = ["method", "tokens", "cache, GiB", "with 13.5 GB of weights, GiB", "published"]
+    claims = _table(head, rows, "lrrrl")
+    rows = [[*_sizes(r), f"{r['80 GB cards']:.0f}"] for r in found["Llama-3-8B"]]
     head = ["method", "tokens", "cache, GiB", "with 16.1 GB of weights, GiB", "cards of 80 GiB, at least"]
     return f"{found['title']}.\n\n{measured}\n\n{claims}\n\nLlama-3-8B shapes:\n\n{_table(head, rows, 'lrrrr')}"
+
+
+def _sizes(row: dict) -> list[str]:
+    sizes = [f"{row[name]:.1f}" for name in ("cache GiB", "with weights GiB")]
+    return [f"`{row['method']}`", f"{row['tokens']:,}", *sizes]
 
 
 def picture() -> str | None:

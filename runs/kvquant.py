@@ -20,7 +20,7 @@ from kvist.calibrate.state import State
 from kvist.coding import Table
 from kvist.demo.model import load
 from kvist.evaluate.collect import Text, collect
-from kvist.evaluate.results import Results, Row, summary
+from kvist.evaluate.results import Results, Row, recipe_digest, summary
 from kvist.methods import parse
 from kvist.methods.kvquant import recipe
 from kvist.models.inject import inject
@@ -63,6 +63,7 @@ ROWS: dict[str, tuple[str, dict]] = {
     "int3, keys per token, post-RoPE": ("keys per token, post-RoPE, dense", {"levels": "int"}),
     "nuq2-1%, no Q-Norm": ("base", {"bits": 2, "qnorm": "off"}),
     "nuq2, no Q-Norm": ("dense", {"bits": 2, "qnorm": "off"}),
+    "nuq2-1%, Q-Norm without weights": ("base", {"bits": 2, "weighted": False}),
     "nuq2-1%, F": ("F", {"bits": 2}),
     "nuq2-1%, no sink": ("no sink", {"bits": 2}),
     **{f"nuq{b}-1%, off the grid": ("base", {"bits": b, "grid": False}) for b in (4, 3, 2)},
@@ -97,16 +98,17 @@ def artifacts(model, tokenizer, variant: str, data_dir: str) -> dict[str, Artifa
 def _fitted(observed: Observed, changes: dict, windows, digest: str) -> Artifact:
     settings = observed.settings.model_copy(update={k: v for k, v in changes.items() if k in Settings.model_fields})
     made = observed.fit(settings, changes.get("qnorm", "auto"), origin("novels", digest, SEED, windows))
-    if changes.get("grid", True):
+    grid, weighted = changes.get("grid", True), changes.get("weighted", True)
+    if grid and weighted:
         return made
     free = {}
     for side, histograms in (("keys", observed.keys), ("values", observed.values)):
         fits = []
         for fit, histogram in zip(getattr(made, side), histograms, strict=True):
-            points = tables.fit(histogram, settings.bits)
+            points = fit.table.points if grid else tables.fit(histogram, settings.bits)
             read = None
             if fit.table.read:
-                scale, offset = tables.q_norm(histogram, points)
+                scale, offset = tables.q_norm(histogram, points, weighted)
                 read = tuple(scale * p + offset for p in points)
             fits.append(Fit(table=Table(bits=settings.bits, points=points, read=read), range=fit.range))
         free[side] = tuple(fits)
@@ -131,32 +133,34 @@ def measure(variant: str, data_dir: str) -> None:
         for mode, recipes in (("simulated", simulated), ("stored", stored)):
             print(f"{variant}: {source}, {mode}", flush=True)
             collect(model, chosen, recipes, mode, results)
-    with replacing(OUT / f"{variant}-bits.json") as scratch:
-        scratch.write_text(json.dumps({name: _bits(made) for name, made in (simulated | stored).items()}))
+    with replacing(OUT / f"{variant}-facts.json") as scratch:
+        scratch.write_text(json.dumps({name: _facts(made) for name, made in (simulated | stored).items()}))
 
 
-def _bits(made: Recipe) -> dict[str, float]:
-    """Allocated bits per element of a 16-bit model: this one at 2,048 tokens, and 8 KV heads of 128 at 32,768."""
+def _facts(made: Recipe) -> dict:
+    """The hash that its rows carry; allocated bits per element of a 16-bit model: this one at 2,048 tokens, and 8 KV
+    heads of 128 at 32,768."""
     small = made.bits_per_element(SMALL, 6, SEQLEN)
     large = made.model_copy(update={"layers": made.layers[:1]}).bits_per_element(LARGE, 1, 32768)
-    return {"bits": small, "bits_large": large}
+    return {"recipe": recipe_digest(made), "bits": small, "bits_large": large}
 
 
 def table() -> None:
     """Perplexity, KL and bits with paired intervals, per variant, text and mode."""
     rows = []
     for variant in VARIANTS:
-        if not (OUT / f"{variant}-bits.json").exists():
+        if not (OUT / f"{variant}-facts.json").exists():
             continue
-        bits = json.loads((OUT / f"{variant}-bits.json").read_text())
-        kept = list(Results(OUT / f"{variant}.jsonl").rows.values())
+        facts = json.loads((OUT / f"{variant}-facts.json").read_text())
+        every = Results(OUT / f"{variant}.jsonl").rows.values()
+        kept = [row for row in every if row.method in facts and row.recipe == facts[row.method]["recipe"]]
         for source, mode in sorted({(row.source, row.mode) for row in kept}):
             named: dict[str, list[Row]] = {}
             for row in kept:
                 if (row.source, row.mode) == (source, mode):
                     named.setdefault(row.method, []).append(row)
             for line in summary(named, "nuq3-1%", SEED):
-                rows.append({"variant": variant, "text": source} | line | bits[line["method"]])
+                rows.append({"variant": variant, "text": source} | line | facts[line["method"]])
     head = {"samples": SAMPLES, "seqlen": SEQLEN, "windows per text": WINDOWS, "seed": SEED, "paired with": "nuq3-1%"}
     with replacing(HERE / "kvquant.json") as scratch:
         scratch.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models_tiny import tiny_llama
+from models_tiny import tiny_llama, tokens
 
 import kvist
 from kvist.coding import Codec, Grouping, Hadamard, Raw
@@ -148,3 +148,17 @@ def test_recipes_that_mean_nothing_are_refused():
         get("kivi", k=0)
     with pytest.raises(ValueError, match=r"ratio: .*1\.5"):
         get("kvmix", ratio=1.5)
+
+
+@pytest.mark.parametrize("method", ["exact", "int8"])
+def test_a_number_of_slots_to_crop_may_be_a_tensor(method):
+    """So says assisted decoding of transformers 5.17; a tensor that is shared must not count for two."""
+    model = tiny_llama()
+    cache, said = [kvist.Cache(model, method) for _ in range(2)], []
+    for living, kind in zip(cache, (int, torch.tensor), strict=True):
+        with torch.no_grad():
+            model(tokens(1, 60), past_key_values=living)
+            living.crop(kind(-5))
+            said.append([model(tokens(1, n, seed=n), past_key_values=living).logits for n in (1, 3)])
+        assert all(type(layer.slots) is int for layer in living.ours) and type(living.rows.slots) is int
+    assert all(torch.equal(a, b) for a, b in zip(*said, strict=True))

@@ -92,3 +92,26 @@ def test_turns_of_generate_on_one_cache(text):
         wanted, rough = (talk(model, OracleCache(plan, 2, bits=bits, model=model)) for bits in (None, ROUGH))
     agree(found, wanted, rough)
     assert cache.get_seq_length() == 140 + 20 + 45 + 19
+
+
+@pytest.mark.parametrize("way", ["attached", "sdpa"])
+@pytest.mark.parametrize("text", ["int8", "kivi:2 recent=32", *(text for text in CASES if "kvquant" in text)])
+def test_turns_of_a_padded_batch_on_one_cache(text, way):
+    """Padding before and between the turns: `generate` gives positions that count tokens alone, so that slots and
+    positions part twice in the shorter row."""
+    first, second = padded([120, 81]), padded([41, 17], seed=9)
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 20, dtype=torch.long), second["attention_mask"]], 1)
+
+    def talk(model, cache):
+        said = generating(first, 20)(model, cache)
+        inputs = {"input_ids": torch.cat([said.tokens, second["input_ids"]], 1), "attention_mask": mask}
+        again = generating(inputs, 20)(model, cache)
+        if isinstance(cache, Shadow) and cache.recipe.rotary:
+            assert [[(run.slot, run.position) for run in runs] for runs in cache.rows.runs] == [
+                [(0, 0)],
+                [(39, 0), (164, 101)],
+            ]
+            assert [cache.rows.shift(row) for row in (0, 1)] == [0, 0]  # so the compiled loops may read its pages
+        return again._replace(logits=said.logits + again.logits)
+
+    compare(talk, recipe(text), way, mask)

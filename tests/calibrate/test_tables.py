@@ -241,11 +241,21 @@ def test_grid_refuses():
 
 def test_q_norm_by_hand():
     histogram = Histogram(8)
-    histogram.add(torch.tensor([-0.5, -0.25, 0.25, 1.0]), torch.tensor([9.0, 1.0, 5.0, 0.0]))  # weights play no part
+    histogram.add(torch.tensor([-0.5, -0.25, 0.25, 1.0]), torch.tensor([9.0, 1.0, 5.0, 0.0]))
+    # as published, weights play no part
     # quantised to -1/4, -1/4, 1/2, 1/2: mean 1/8, deviation 3/8; the values: mean 1/8, variance 21/64
-    scale, offset = q_norm(histogram, (-0.25, 0.5))
+    scale, offset = q_norm(histogram, (-0.25, 0.5), weighted=False)
     assert scale == pytest.approx(21**0.5 / 3)
     assert offset == pytest.approx(1 / 8 - 21**0.5 / 24)
+
+
+def test_q_norm_weighs_by_hand():
+    histogram = Histogram(8)
+    histogram.add(torch.tensor([-0.5, 0.5, 1.0]), torch.tensor([1.0, 3.0, 0.0]))
+    # quantised to -1/4, 1/2 with weights 1, 3: mean 5/16, variance 27/256; the values: mean 1/4, variance 3/16
+    scale, offset = q_norm(histogram, (-0.25, 0.5))
+    assert scale == pytest.approx((3 / 16 * 256 / 27) ** 0.5)
+    assert offset == pytest.approx(1 / 4 - 5 / 16 * scale)
 
 
 def test_q_norm_sends_ties_to_the_lower_point():
@@ -258,20 +268,25 @@ def test_q_norm_sends_ties_to_the_lower_point():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["fitted", "even"])
-def test_q_norm_restores_mean_and_deviation(bits, kind):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_q_norm_restores_mean_and_deviation(bits, kind, weighted):
     # one place per bin, away from the edges of bins, so that a bin's values share a code
     places = torch.arange(-1023, 1024, 2) / 1024
     chance = torch.exp(-((places - 0.2) ** 2) / 0.1)
     values = places[torch.multinomial(chance, 20000, replacement=True)]
     histogram = Histogram(1024)
-    histogram.add(values, torch.rand(20000))
+    weights = torch.rand(20000).double()
+    histogram.add(values, weights)
     points = fit(histogram, bits) if kind == "fitted" else evenly(bits)
-    scale, offset = q_norm(histogram, points)
+    scale, offset = q_norm(histogram, points, weighted)
     read = tuple(p * scale + offset for p in points)
     table = Table(bits=bits, points=points, read=read)
     dequantised = table.point(table.index(values)).double()
-    assert dequantised.mean().item() == pytest.approx(values.double().mean().item(), abs=1e-6)
-    assert dequantised.std(correction=0).item() == pytest.approx(values.double().std(correction=0).item(), rel=1e-6)
+    share = weights / weights.sum() if weighted else torch.full_like(weights, 1 / 20000)
+    means = [float((share * x).sum()) for x in (dequantised, values)]
+    spreads = [float((share * (x - mean) ** 2).sum()) for x, mean in zip((dequantised, values), means, strict=True)]
+    assert means[0] == pytest.approx(means[1], abs=1e-6)
+    assert spreads[0] == pytest.approx(spreads[1], rel=1e-5)
     assert scale > 1.001 if kind == "fitted" else scale != 1  # nearest centroids always shrink the spread
 
 

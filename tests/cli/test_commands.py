@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from artifacts import made
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -147,6 +148,58 @@ def test_inspect(folder):
     shape = kvist.Cache(LlamaForCausalLM.from_pretrained(folder), "int4").describes.shape
     assert packed["bytes"]["4K"] == parse("int4").bill(shape, 2, 4096, reserve=4096).total()
     assert "kernel" in call("inspect", folder).stdout
+
+
+def test_inspect_of_a_method_that_must_be_fitted(folder):
+    (found,) = data("inspect", folder, "-m", "kvquant:3 outliers=5%")["methods"]
+    assert set(found["needs"]) == {"a fitted table", "fitted ranges", "a model's rotary"} and found["tables"] is None
+    assert found["kernel"] == "kvist.kernels.attend_numba.attend_pages"
+    assert found["encoder"] == "kvist.kernels.codec_numba.encode"
+    printed = call("inspect", folder, "-m", "kvquant:3 outliers=5%").stdout
+    assert "missing: " in printed and "kvist calibrate" in printed
+    assert "missing" not in call("inspect", folder, "-m", "int4").stdout
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_inspect_of_what_was_fitted_to_the_bundled_model(bits, folder):
+    method = f"kvquant artifact={FOLDER.parent / 'kvquant' / str(bits)}"
+    (found,) = data("inspect", str(FOLDER), "-m", method)["methods"]
+    assert found["needs"] == [] and found["fitted_to"] == "kvist-6m" and found["tables"] == {"all": 12, "on_grid": 12}
+    shape = kvist.Cache(LlamaForCausalLM.from_pretrained(FOLDER), method).describes.shape
+    assert found["bytes"]["4K"] == parse(method).bill(shape, 6, 4096, reserve=4096).total()
+    if bits == 3:
+        printed = call("inspect", str(FOLDER), "-m", method).stdout
+        assert "fitted to: kvist-6m" in printed and "tables: 12 of 12 lie on the 256-step grid\n" in printed
+        assert printed.count("3-bit table, fixed per channel") == 1  # layers described alike are told once
+        assert "6 layers but the model has 2" in refused("inspect", folder, "-m", method)
+
+
+@pytest.mark.parametrize(("kind", "on_grid"), [("grid", 4), ("fp16", 0)])
+def test_inspect_says_where_tables_lie(kind, on_grid, folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    made(kind, model).save(tmp_path)
+    method = f"kvquant artifact={tmp_path}"
+    assert data("inspect", folder, "-m", method)["methods"][0]["tables"] == {"all": 4, "on_grid": on_grid}
+    printed = call("inspect", folder, "-m", method).stdout
+    assert ("0 of 4 lie on the 256-step grid, 4 elsewhere; the same code reads both" in printed) == (kind == "fp16")
+    model.config.rope_parameters["rope_theta"] = 5e5
+    model.save_pretrained(tmp_path / "other")
+    assert "config differs" in refused("inspect", str(tmp_path / "other"), "-m", method)
+
+
+def test_inspect_tells_apart_what_layers_do_differently(folder):
+    printed = call("inspect", folder, "-m", "kvmix k=3,2 v=4,4").stdout
+    assert "kvmix: layer 0: keys: 3-bit" in printed and "\n  layer 1: keys: 2-bit" in printed
+
+
+def test_inspect_of_a_model_whose_keys_cannot_be_taken_back(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    LlamaConfig(**sizes, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}).save_pretrained(
+        tmp_path
+    )
+    assert "dynamic RoPE depend" in refused("inspect", str(tmp_path), "-m", "kvquant:3")
+    (found,) = data("inspect", str(tmp_path), "-m", "kvquant:3 keys=post-rope")["methods"]
+    assert set(found["needs"]) == {"a fitted table", "fitted ranges"}
 
 
 def test_help_of_bench_and_its_mistakes():

@@ -81,7 +81,7 @@ def nearest(u: Tensor, table: Table) -> Tensor:
 def sides(u: Tensor, share: float) -> Tensor:
     """Which of u (B, T, C) are among the share/2 lowest or highest, rounded up, of their token; of equal ones (falcon
     repeats its heads) the first are lower."""
-    count, order = math.ceil(share * u.shape[-1] / 2), u.sort(-1, stable=True).indices
+    count, order = math.ceil(share * u.shape[-1] / 2), u.sort(dim=-1, stable=True).indices
     ends = torch.cat([order[..., :count], order[..., u.shape[-1] - count :]], -1)
     return torch.zeros_like(u, dtype=torch.bool).scatter_(-1, ends, True)
 
@@ -117,12 +117,15 @@ def rounded_values(values: Tensor, fit: Fit, share: float) -> Tensor:
 
 
 class RoundedLayer(DynamicLayer):
-    """What an update sees: its own tokens exact, of earlier ones all but the sinks and the recent ones rounded."""
+    """What an update sees: its own tokens exact, of earlier ones all but the sinks and the recent ones rounded.
+
+    starts (B,): the slot of each row's first token.
+    """
 
     def __init__(self, artifact: Artifact, layer: int, recent: int, rotate):
         super().__init__()
         self.fits, self.settings = (artifact.keys[layer], artifact.values[layer]), artifact.settings
-        self.recent, self.rotate, self.before = recent, rotate, []
+        self.recent, self.rotate, self.before, self.starts = recent, rotate, [], torch.zeros(1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         past = self.get_seq_length()
@@ -132,19 +135,18 @@ class RoundedLayer(DynamicLayer):
             self.before.append((tag.key, tag.cos, tag.sin))
         if not past:
             return keys, values
-        return self.read(slice(self.settings.sinks, max(self.settings.sinks, past - self.recent)))
+        slots, sinks = torch.arange(keys.shape[2]), self.starts + self.settings.sinks
+        packed = ((slots >= sinks.unsqueeze(-1)) & (slots < past - self.recent))[:, None, :, None]
+        rounded = rounded_values(values, self.fits[1], self.settings.outliers)
+        return torch.where(packed, self.rounded_keys(), keys), torch.where(packed, rounded, values)
 
-    def read(self, packed: slice) -> tuple[Tensor, Tensor]:
-        """All keys and values, those of `packed` rounded."""
-        share, keys, values = self.settings.outliers, self.keys.clone(), self.values.clone()
-        if self.settings.keys == "pre-rope":
-            before, cos, sin = (torch.cat(x, -2) for x in zip(*self.before, strict=True))
-            rounded = rounded_keys(before[:, :, packed], self.fits[0], share)
-            keys[:, :, packed] = self.rotate(rounded, rounded, cos[:, packed], sin[:, packed])[1]
-        else:
-            keys[:, :, packed] = rounded_keys(keys[:, :, packed], self.fits[0], share)
-        values[:, :, packed] = rounded_values(values[:, :, packed], self.fits[1], share)
-        return keys, values
+    def rounded_keys(self) -> Tensor:
+        share = self.settings.outliers
+        if self.settings.keys == "post-rope":
+            return rounded_keys(self.keys, self.fits[0], share)
+        before, cos, sin = (torch.cat(x, -2) for x in zip(*self.before, strict=True))
+        rounded = rounded_keys(before, self.fits[0], share)
+        return self.rotate(rounded, rounded, cos, sin)[1]
 
 
 def reference(model, artifact: Artifact, recent: int = 0) -> DynamicCache:

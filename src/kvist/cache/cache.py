@@ -179,6 +179,7 @@ class Cache(TransformersCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k)."""
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop(-k) removes the last k tokens; found {tokens_to_remove}")
         super().crop(tokens_to_remove)

@@ -93,6 +93,12 @@ class Histogram:
         return self._moments[:3].numpy().copy()
 
     @property
+    def weighted_moments(self) -> np.ndarray:
+        """Per bin the sum of weights, of weight·value and of weight·value², (3, bins); of plain counts where no value
+        has any weight."""
+        return self._moments[3:].numpy() if self.weight > 0 else self.moments
+
+    @property
     def centroids(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and total weight of each bin that holds a value, fp64, ascending. The mean is the weighted one, or
         the plain one where a bin's weights are all zero. Where that is so in every bin, the weights returned are the

@@ -151,14 +151,15 @@ def to_grid(points: Sequence[float]) -> tuple[float, ...]:
     return tuple(moved.tolist())
 
 
-def q_norm(histogram: Histogram, points: Sequence[float]) -> tuple[float, float]:
+def q_norm(histogram: Histogram, points: Sequence[float], weighted: bool = True) -> tuple[float, float]:
     """Scale and offset which, applied to `points` on reading, give quantised values the mean and (population)
-    standard deviation of the originals, weights aside (KVQuant's Q-Norm). The codes stay those of `points`: the
-    nearest one, the lower on a tie; each bin goes where its mean goes, which takes bins to be narrow.
+    standard deviation of the originals (KVQuant's Q-Norm). The codes stay those of `points`: the nearest one, the lower
+    on a tie; each bin goes where its mean goes, which takes bins to be narrow.
 
-    (1, 0) where either deviation is zero. Raises ValueError when the histogram is empty.
+    weighted: moments under the weights that the points were fitted with; published without. (1, 0) where either
+    deviation is zero. Raises ValueError when the histogram is empty.
     """
-    count, total, squares = histogram.moments
+    count, total, squares = histogram.weighted_moments if weighted else histogram.moments
     held = count > 0
     if not held.any():
         raise ValueError("Q-Norm compares values, found an empty histogram; calibrate on more text")

@@ -46,7 +46,7 @@ def inspect(
         "attention": outlined.config._attn_implementation,
         "attach": _attaches(outlined),
         "bytes_per_token_16_bit": 2 * token,
-        "methods": [_method(recipe, described, token, device) for recipe in recipes],
+        "methods": [_method(recipe, described, token, device) | _fitted(recipe, outlined) for recipe in recipes],
     }
     if json:
         return dump(data)
@@ -88,10 +88,27 @@ def _method(recipe, described, token: int, device: str) -> dict:
         "method": recipe.name,
         "sentence": str(recipe),
         "kernel": _kernel(plans, device),
+        "encoder": _encoder(plans, device),
         "bytes_per_token": bills["32K"] / length,
         "bytes": bills,
         "bytes_16_bit": {k: 2 * token * n for k, n in LENGTHS.items()},
     }
+
+
+def _fitted(recipe, model) -> dict:
+    """What calibration must still provide, or has provided for this model; refuses a recipe fitted to another."""
+    from kvist.cache.cache import Cache
+    from kvist.models.rope import rotary
+
+    if recipe.needs:
+        if recipe.rotary:
+            rotary(model)  # refuses, with the reason, what calibration would refuse
+        return {"needs": list(recipe.needs), "fitted_to": None, "tables": None}
+    Cache(model, recipe).close()  # holds nothing before it is given something
+    levels = (side.codec.levels for plan in recipe.layers for side in plan.sides)
+    tables = [table for table in levels if table.kind == "table"]
+    counts = {"all": len(tables), "on_grid": sum(table.grid is not None for table in tables)} if tables else None
+    return {"needs": [], "fitted_to": recipe.model and recipe.model.name, "tables": counts}
 
 
 def _kernel(plans, device: str) -> str:
@@ -102,14 +119,61 @@ def _kernel(plans, device: str) -> str:
 
     if not any(plan.packs for plan in plans):
         return "none needed: nothing is packed, the model's own attention serves"
+    place = torch.device(device)
+    found = [packed_attention(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans]
+    return _answer(found, "layers")
+
+
+def _encoder(plans, device: str) -> str:
+    """What packs keys and values, or why only the reference does."""
+    import torch
+
+    from kvist.kernels.choose import encoder
+
+    codecs = [side.codec for plan in plans for side in plan.sides if plan.packs and not side.codec.raw]
+    if not codecs:
+        return "none needed: nothing is packed"
+    return _answer([encoder(codec.traits, torch.device(device)) for codec in codecs], "sides of layers")
+
+
+def _answer(found, unit: str) -> str:
+    """The implementations that were chosen, by name, with counts where they differ."""
     answers = Counter()
-    for plan in plans:
-        fast, reasons = packed_attention(plan.key.codec.traits, plan.value.codec.traits, torch.device(device))
+    for fast, reasons in found:
         function = getattr(fast, "func", fast)
         answers[f"{function.__module__}.{function.__name__}" if function else "reference; " + "; ".join(reasons)] += 1
     if len(answers) == 1:
         return next(iter(answers))
-    return "; ".join(f"{n} layers: {answer}" for answer, n in answers.items())
+    return "; ".join(f"{n} {unit}: {answer}" for answer, n in answers.items())
+
+
+def _sentence(text: str) -> str:
+    """A recipe's sentence, layers that are described alike told once."""
+    name, _, rest = text.partition(": ")
+    groups: dict[str, list[str]] = {}
+    for line in rest.split("\n  "):
+        layer, _, words = line.partition(": ") if line.startswith("layer ") else ("", "", line)
+        groups.setdefault(words, []).append(layer.removeprefix("layer "))
+    if len(groups) == 1:
+        return f"{name}: {next(iter(groups))}"
+    lines = (f"layer{'s' * (len(own) > 1)} {', '.join(own)}: {words}" for words, own in groups.items())
+    return f"{name}: " + "\n  ".join(lines)
+
+
+def _facts(method: dict) -> dict[str, str]:
+    """What is to be said about one method, by its heading."""
+    facts = {"kernel": method["kernel"], "packing": method["encoder"]}
+    if method["needs"]:
+        facts["missing"] = (
+            f"{', '.join(method['needs'])}; `kvist calibrate` fits them; the bytes below hold for the same settings"
+        )
+    if method["fitted_to"]:
+        facts["fitted to"] = f"{method['fitted_to']}; it fits this model"
+    if tables := method["tables"]:
+        off = tables["all"] - tables["on_grid"]
+        rest = f", {off} elsewhere; the same code reads both" if off else ""
+        facts["tables"] = f"{tables['on_grid']} of {tables['all']} lie on the 256-step grid{rest}"
+    return facts
 
 
 def _print(data: dict) -> None:
@@ -130,7 +194,7 @@ def _print(data: dict) -> None:
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
     for method in data["methods"]:
-        print(f"\n{method['sentence']}\n  kernel: {method['kernel']}")
+        print("\n" + "\n  ".join([_sentence(method["sentence"]), *(": ".join(f) for f in _facts(method).items())]))
     made = table(
         "Bytes, room reserved, one row",
         *("method", "per token at 32K", *LENGTHS),
