@@ -153,13 +153,16 @@ def table() -> None:
             continue
         facts = json.loads((OUT / f"{variant}-facts.json").read_text())
         every = Results(OUT / f"{variant}.jsonl").rows.values()
-        kept = [row for row in every if row.method in facts and row.recipe == facts[row.method]["recipe"]]
+        names = {fact["recipe"]: name for name, fact in facts.items()}  # whatever a recipe was called when measured
+        kept = [row for row in every if row.recipe in names]
         for source, mode in sorted({(row.source, row.mode) for row in kept}):
             named: dict[str, list[Row]] = {}
             for row in kept:
-                if (row.source, row.mode) == (source, mode):
-                    named.setdefault(row.method, []).append(row)
-            for line in summary(named, "nuq3-1%", SEED):
+                wanted = mode == "simulated" or names[row.recipe] in ("exact", *STORED, *RECENT, *OTHERS)
+                if (row.source, row.mode) == (source, mode) and wanted:
+                    named.setdefault(names[row.recipe], []).append(row)
+            ordered = {name: named[name] for name in ("exact", *ROWS, *RECENT, *OTHERS) if name in named}
+            for line in summary(ordered, "nuq3-1%", SEED):
                 rows.append({"variant": variant, "text": source} | line | facts[line["method"]])
     head = {"samples": SAMPLES, "seqlen": SEQLEN, "windows per text": WINDOWS, "seed": SEED, "paired with": "nuq3-1%"}
     with replacing(HERE / "kvquant.json") as scratch:
