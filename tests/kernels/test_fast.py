@@ -172,3 +172,21 @@ def test_the_exponential_is_as_good_as_its_docstring_says():
     truth, gap = (x.double() - top).exp(), (top - x).double()
     assert (found[-3:] == 0).all()
     assert ((found[:-3] - truth[:-3]).abs() <= 2e-7 * (1 + gap[:-3]) * truth[:-3]).all()
+
+
+def test_no_kernel_inherits_the_arithmetic_of_its_caller():
+    """numba compiles a helper that leaves fast-math open with that of whoever calls it first: then bits would depend on
+    the order of calls."""
+    import importlib
+    import pkgutil
+
+    from numba.core.registry import CPUDispatcher
+
+    from kvist import kernels
+
+    modules = [f"{kernels.__name__}.{m.name}" for m in pkgutil.iter_modules(kernels.__path__) if "numba" in m.name]
+    found = {
+        f for name in modules for f in vars(importlib.import_module(name)).values() if isinstance(f, CPUDispatcher)
+    }
+    assert len(found) > 20
+    assert not [f.py_func.__name__ for f in found if "fastmath" not in f.targetoptions]

@@ -73,12 +73,20 @@ def _extremes_along_channels(x, entries, group, low, high):
         for t in range(tokens):
             for h in range(heads):
                 into = min(h, low.shape[1] - 1)
-                _without(x[n, h, t], h, entries[n, t], below, above)
-                lows, highs = low[n, into, t], high[n, into, t]
+                lows, highs, y = low[n, into, t], high[n, into, t], x[n, h, t]
+                if entries.shape[2]:
+                    _without(y, h, entries[n, t], below, above)
                 for g in range(lows.shape[0]):
                     first, last = g * group, min((g + 1) * group, dim)
-                    lows[g] = min(lows[g], _least(below[first:last]))
-                    highs[g] = max(highs[g], -_least(above[first:last]))
+                    if entries.shape[2]:
+                        lows[g] = min(lows[g], _least(below[first:last]))
+                        highs[g] = max(highs[g], -_least(above[first:last]))
+                        continue
+                    part = y[first:last]
+                    lo, hi = lows[g], highs[g]
+                    for d in range(part.shape[0]):
+                        lo, hi = min(lo, part[d]), max(hi, part[d])
+                    lows[g], highs[g] = lo, hi
 
 
 @njit(**EXACT)

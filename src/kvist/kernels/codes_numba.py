@@ -9,7 +9,8 @@ import numpy as np
 from numba import njit
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}  # no fast-math: for what must equal the reference
+# No fast-math, for what must equal the reference; said outright, since numba lets a callee inherit its caller's.
+EXACT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": False}
 FAST = {**EXACT, "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 
 
