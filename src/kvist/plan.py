@@ -244,10 +244,13 @@ class Recipe(Part):
 
     def __str__(self) -> str:
         parts = []
-        for i, plan in enumerate(self.layers):
-            lead = f"layer {i}: " if len(self.layers) > 1 else ""
+        for plan in self.layers:
             sides = (f"{name}: {_sentence(side)}" for name, side in zip(("keys", "values"), plan.sides, strict=True))
-            parts.append(lead + "; ".join(sides))
+            parts.append("; ".join(sides))
+        if len(set(parts)) > 1:
+            parts = [f"layer {i}: {part}" for i, part in enumerate(parts)]
+        else:
+            parts = parts[:1]  # layers that differ in fitted numbers only
         return f"{self.name}: " + "\n  ".join(parts)
 
 
