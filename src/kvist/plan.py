@@ -247,11 +247,9 @@ class Recipe(Part):
         for plan in self.layers:
             sides = (f"{name}: {_sentence(side)}" for name, side in zip(("keys", "values"), plan.sides, strict=True))
             parts.append("; ".join(sides))
-        if len(set(parts)) > 1:
-            parts = [f"layer {i}: {part}" for i, part in enumerate(parts)]
-        else:
-            parts = parts[:1]  # layers that differ in fitted numbers only
-        return f"{self.name}: " + "\n  ".join(parts)
+        if len(set(parts)) == 1:  # layers may still differ in fitted numbers
+            return f"{self.name}: {parts[0]}"
+        return f"{self.name}: " + "\n  ".join(f"layer {i}: {part}" for i, part in enumerate(parts))
 
 
 def _sentence(side: Side) -> str:
