@@ -129,7 +129,8 @@ def measure(variant: str, data_dir: str) -> None:
     for source in ("wikitext2", "novels"):
         documents = text.texts(source, data_dir, "test")
         every = text.windows(tokenizer, documents, SEQLEN)
-        chosen = Text(every[:: len(every) // WINDOWS][:WINDOWS], source, text.digest(documents))
+        step = len(every) // WINDOWS  # rows know windows by number: another step is another text
+        chosen = Text(every[::step][:WINDOWS], source, f"{text.digest(documents)}/{step}")
         for mode, recipes in (("simulated", simulated), ("stored", stored)):
             print(f"{variant}: {source}, {mode}", flush=True)
             collect(model, chosen, recipes, mode, results)

@@ -133,6 +133,7 @@ def test_push(book, tmp_path, monkeypatch):
         (["--sensitivity", "hessian"], "--sensitivity is one of fisher-scaled, fisher, none"),
         (["--cap", "half"], "--cap is one of token, none"),
         (["--cap", "none", "-m", "kvquant outliers=0"], "--cap none is about outliers"),
+        (["--cap", "none", "--key-axis", "token"], "--cap none needs thresholds of channels"),
         (["--levels", "nuqq"], "--levels is one of nuq, nf, int"),
         (["--keys", "rope"], "--keys is one of pre-rope, post-rope"),
         (["--key-axis", "head"], "--key-axis is one of channel, token"),

@@ -59,8 +59,8 @@ class Cache(TransformersCache):
         recipe = self.recipe
         if recipe.needs:
             raise ValueError(
-                f"{recipe.name} needs {' and '.join(recipe.needs)}: run `kvist calibrate MODEL --method "
-                f"'{recipe.name}' --out DIR`, then use '{recipe.name} artifact=DIR'"
+                f"{recipe.name} needs {' and '.join(recipe.needs)}: run `kvist calibrate MODEL --data TEXT "
+                f"--method '{recipe.name}' --out DIR`, then use '{recipe.name} artifact=DIR'"
             )
         try:
             if recipe.model is not None:

@@ -97,6 +97,8 @@ def _settings(method: str, sensitivity: str, sinks: int | None, cap: str, levels
     outliers = getattr(key.codec.outliers, "share", 0.0)
     if cap == "none" and not outliers:
         raise ValueError("--cap none is about outliers, and there are none; give outliers=1% or leave --cap out")
+    if cap == "none" and key_axis == "token":
+        raise ValueError("--cap none needs thresholds of channels, and keys per token have none; use --cap token")
     chosen = {"bits": key.codec.levels.bits, "outliers": outliers, "sinks": recipe.layers[0].sinks}
     return Settings.model_validate(chosen | given | ({} if sinks is None else {"sinks": sinks}))
 
