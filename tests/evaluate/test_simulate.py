@@ -126,7 +126,8 @@ def test_quantiles(count, tail, seed):
     x = torch.randn(3, count, generator=torch.Generator().manual_seed(seed)).double()
     wanted = np.quantile(x.numpy(), [tail, 1 - tail], axis=-1, keepdims=True)
     for found, want in zip(quantiles(x, tail), wanted, strict=True):
-        np.testing.assert_allclose(found.numpy(), want, rtol=0, atol=1e-12)
+        # a place within 1e-9 of an entry is that entry: the gap to its neighbour, at most some 6, times 1e-9
+        np.testing.assert_allclose(found.numpy(), want, rtol=0, atol=1e-8)
 
 
 def test_a_quantile_on_an_entry_is_that_entry():
