@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 from kvist.artifact import JSON, TENSORS, Artifact, Fit, _digest
 from kvist.coding import Fixed, Table
 from kvist.methods.kvquant import recipe
-from kvist.plan import ModelIdentity
+from kvist.types import ModelIdentity
 
 
 def near(a: Artifact, b: Artifact) -> bool:

@@ -20,8 +20,7 @@ from torch import Tensor
 from kvist.atomic import replacing
 from kvist.coding import Fixed, Table, Unrotate
 from kvist.coding.outliers import MOST
-from kvist.plan import ModelIdentity
-from kvist.types import Part
+from kvist.types import ModelIdentity, Part
 
 FORMAT = 1
 JSON, TENSORS = "artifact.json", "artifact.safetensors"

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvist.atomic import replacing
 from kvist.coding import Codec
 from kvist.retention import KeepAll, Retention
-from kvist.types import HOLD, MIN_PAGE, POOL_STEP, Geometry, Part, ladder
+from kvist.types import HOLD, MIN_PAGE, POOL_STEP, Geometry, ModelIdentity, Part, ladder
 
 FORMAT = 1
 TABLE_STEP = 16  # entries
@@ -129,33 +129,6 @@ class LayerPlan(Part):
         """Entries that a row of a page table is given when `pages` of them are in use."""
         room = -(-max(0, reserve - self.sinks) // page)
         return room if pages <= room else ladder(pages, TABLE_STEP)
-
-
-class ModelIdentity(Part):
-    """The model that something was fitted to. config: a hash of what shapes its keys and values; layers: those that
-    kvist serves."""
-
-    name: str
-    kind: str
-    config: str
-    layers: int
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    def check(self, found: "ModelIdentity") -> None:
-        """Refuse another model, whatever its weights; a fine-tuned one has the same config."""
-        names = {"kind": "a {} model", "layers": "{} layers", "heads": "{} KV heads", "key_dim": "heads of {}"}
-        for field, words in names.items():
-            mine, other = getattr(self, field), getattr(found, field)
-            if mine != other:
-                words = words.format(mine) + ", this model has " + words.format(other)
-                raise ValueError(f"it was fitted to {self.name}: {words}; calibrate for this model")
-        if self.config != found.config:
-            raise ValueError(
-                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; calibrate for "
-                "this model"
-            )
 
 
 class Recipe(Part):

@@ -67,6 +67,33 @@ class Geometry:
     dtype: torch.dtype
 
 
+class ModelIdentity(Part):
+    """The model that something was fitted to. config: a hash of what shapes its keys and values; layers: those that
+    kvist serves."""
+
+    name: str
+    kind: str
+    config: str
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def check(self, found: "ModelIdentity") -> None:
+        """Refuse another model, whatever its weights; a fine-tuned one has the same config."""
+        names = {"kind": "a {} model", "layers": "{} layers", "heads": "{} KV heads", "key_dim": "heads of {}"}
+        for field, words in names.items():
+            mine, other = getattr(self, field), getattr(found, field)
+            if mine != other:
+                words = words.format(mine) + ", this model has " + words.format(other)
+                raise ValueError(f"it was fitted to {self.name}: {words}; fit it to this model")
+        if self.config != found.config:
+            raise ValueError(
+                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; fit it to "
+                "this model"
+            )
+
+
 def ladder(n: int, step: int) -> int:
     """The capacity given to n entries: the first rung >= n of a ladder that grows by 1.25 in multiples of `step`.
 

@@ -13,8 +13,7 @@ from kvist import methods
 from kvist.artifact import Artifact, Fit, Origin, Settings
 from kvist.coding import Codec, Fixed, Grouping, Identity, NoOutliers, Slots, Table, Unrotate
 from kvist.methods.kvquant import HEAD, TOKEN, key_codec, recipe, value_codec
-from kvist.plan import ModelIdentity
-from kvist.types import HOLD, Geometry
+from kvist.types import HOLD, Geometry, ModelIdentity
 
 LADDER = Table(bits=2, points=(-1.0, -0.5, 0.5, 1.0))
 FINE = Table(bits=4, points=tuple(np.linspace(-1, 1, 16).tolist()))

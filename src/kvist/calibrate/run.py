@@ -25,7 +25,7 @@ from kvist.coding import Fixed, Slots, Table, Unrotate
 from kvist.models import rope
 from kvist.models.adapter import describe
 from kvist.models.taps import listen_back
-from kvist.plan import ModelIdentity
+from kvist.types import ModelIdentity
 
 SHORT = 8  # tokens that try a model
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from kvist.models import compat
-from kvist.plan import ModelIdentity
-from kvist.types import Geometry
+from kvist.types import Geometry, ModelIdentity
 
 SERVED = "full_attention"
 ALIBI = ("bloom", "mpt")
