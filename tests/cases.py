@@ -20,6 +20,7 @@ SMALL = [
     "kivi k=2 v=16 recent=32",
     "kivi:2 recent=48 values=block sinks=5",
     "kivi:2 recent=40 sinks=3",
+    "kivi k=3,2 v=2,4 recent=32",
     "streaming window=40",
     "partial-streaming window=40 sinks=3",
     "logquant window=32",
@@ -27,9 +28,12 @@ SMALL = [
     "partial-logquant window=32",
     "kvmix k=3 v=4",
     "kvmix k=3,2 v=4,1",
+    "kvmix k=1,4 v=3,2",
+    "kvmix:2 ratio_of=context ratio=0.3",
     "kvquant:3",
     "kvquant:2 outliers=12% sinks=3",
     "kvquant:4 outliers=0 recent=40",
+    "kvquant k=3,2 v=2,4",
 ]
 
 

@@ -68,6 +68,10 @@ def decide(rule, decided: int, length: int, prompt: bool) -> int:
         case "ratio":
             packable = waiting - int(rule.ratio * waiting)
             return decided + packable // rule.group * rule.group
+        case "share":  # group by group, as long as the share of all tokens is left
+            while (decided // rule.group + 1) * rule.group <= length - int(rule.ratio * length):
+                decided = (decided // rule.group + 1) * rule.group
+            return decided
     raise AssertionError(f"the oracle does not know the rule {rule.kind!r}")
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Sliding, Streaming, log_pins
+from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming, log_pins
 
 windows = st.integers(1, 70)
 rules = st.one_of(
@@ -17,6 +17,7 @@ rules = st.one_of(
     st.builds(Streaming, window=windows),
     st.builds(LogSparse, window=windows),
     st.builds(Ratio, ratio=st.floats(0, 0.9), group=st.sampled_from([1, 8, 11, 32])),
+    st.builds(Share, ratio=st.floats(0, 1, exclude_max=True), group=st.sampled_from([1, 8, 11, 32])),
 )
 
 
@@ -52,7 +53,7 @@ def test_the_order_of_updates_matters_only_where_a_rule_says_so(rule, prompt, cu
 
 def test_rules_that_depend_on_chunking_name_the_reason():
     assert all(rule.chunking for rule in (Streaming(window=8), LogSparse(window=8), Ratio(ratio=0.2)))
-    assert not any(rule.chunking for rule in (KeepAll(), Immediate(), Block(size=8), Sliding(size=8)))
+    assert not any(rule.chunking for rule in (KeepAll(), Immediate(), Block(size=8), Sliding(size=8), Share(ratio=0.2)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -208,7 +209,37 @@ def test_ratio_packs_the_oldest_whole_groups(ratio, group, steps):
         frontier = after
 
 
-@pytest.mark.parametrize("make", [lambda: Block(size=0), lambda: Ratio(ratio=1.0), lambda: Sliding(size=4, sinks=-1)])
+@settings(max_examples=100, deadline=None)
+@given(ratio=st.floats(0, 0.9), group=st.sampled_from([8, 11, 32]), steps=st.lists(st.integers(1, 500), min_size=1))
+def test_a_share_of_the_context_stays_exact_at_any_length(ratio, group, steps):
+    rule, frontier, length = Share(ratio=ratio, group=group), 0, 0
+    for i, step in enumerate(steps):
+        length += step
+        frontier = rule.advance(frontier, length, i == 0)
+        share = int(ratio * length)
+        assert frontier % group == 0 and share <= length - frontier < share + group
+
+
+def test_the_share_by_hand():
+    """A fifth of 4,096 is 819; the other 3,277 are 102 groups of 32 and 13 tokens. Where the ratio of what waits falls
+    to some 36 tokens, the share stays; a crop gives nothing back."""
+    rule = Share(ratio=0.2)
+    assert rule.advance(0, 4096, True) == 102 * 32 == 4096 - 819 - 13
+    assert rule.most is None and rule.chunking is None
+    assert [6096 - rule.advance(n, 6096, False) for n in (0, 3264)] == [6096 - 152 * 32] * 2
+    assert rule.advance(3264, 3270, False) == 3264
+
+
+IMPOSSIBLE = [
+    lambda: Block(size=0),
+    lambda: Ratio(ratio=1.0),
+    lambda: Share(ratio=1.0),
+    lambda: Share(ratio=-0.1),
+    lambda: Sliding(size=4, sinks=-1),
+]
+
+
+@pytest.mark.parametrize("make", IMPOSSIBLE)
 def test_impossible_rules_are_refused(make):
     with pytest.raises(ValueError):
         make()

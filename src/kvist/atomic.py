@@ -1,6 +1,8 @@
 """Files written whole or not at all."""
 
+import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +24,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data) -> None:
+    """JSON to read and edit by hand: indented, a list of numbers on one line."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[([-+.\deE,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    with replacing(path) as scratch:
+        scratch.write_text(text + "\n")

@@ -163,6 +163,18 @@ class Ratio(Rule):
         return frontier + (waiting - int(self.ratio * waiting)) // self.group * self.group
 
 
+class Share(Rule):
+    """The newest ⌊ratio·length⌋ of all tokens wait, and what is short of a whole group: what KVmix's ratio says, taken
+    of the whole context. The window grows with the context."""
+
+    kind: Literal["share"] = "share"
+    ratio: float = Field(ge=0, lt=1)
+    group: PositiveInt = 32
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return max(frontier, (length - int(self.ratio * length)) // self.group * self.group)
+
+
 Retention = Annotated[
-    KeepAll | Immediate | Block | Sliding | Streaming | LogSparse | Ratio, Field(discriminator="kind")
+    KeepAll | Immediate | Block | Sliding | Streaming | LogSparse | Ratio | Share, Field(discriminator="kind")
 ]

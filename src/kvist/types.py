@@ -86,11 +86,11 @@ class ModelIdentity(Part):
             mine, other = getattr(self, field), getattr(found, field)
             if mine != other:
                 words = words.format(mine) + ", this model has " + words.format(other)
-                raise ValueError(f"it was fitted to {self.name}: {words}; fit it to this model")
+                raise ValueError(f"it was fitted to {self.name}: {words}; calibrate or profile this model instead")
         if self.config != found.config:
             raise ValueError(
-                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; fit it to "
-                "this model"
+                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; "
+                "calibrate or profile this model instead"
             )
 
 

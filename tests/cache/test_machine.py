@@ -42,6 +42,7 @@ CASES = [
     "logquant window=32",
     "partial-logquant window=40 sinks=2",
     "kvmix k=3,2 v=4,1",
+    "kvmix:2 ratio_of=context ratio=0.3",
     "kvquant:2 outliers=12% sinks=3",
     "kvquant:3 recent=40",
 ]

@@ -12,7 +12,7 @@ from kvist import methods
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.plan import LayerPlan, Recipe
-from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Sliding, Streaming
+from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming
 
 HEADS, DIM, LENGTH = 2, 32, 301
 
@@ -166,6 +166,7 @@ RULES = st.one_of(
     st.builds(Streaming, window=st.integers(1, 50)),
     st.builds(LogSparse, window=st.integers(1, 50)),
     st.builds(Ratio, ratio=st.floats(0, 0.9), group=st.sampled_from([1, 32, 64])),
+    st.builds(Share, ratio=st.floats(0, 1, exclude_max=True), group=st.sampled_from([1, 32, 64])),
 )
 
 

@@ -35,23 +35,23 @@ def test_widths_per_layer_and_side():
         recipe.for_layers(3)
 
 
-def test_an_allocation_from_a_file(tmp_path):
-    path = tmp_path / "widths.json"
-    path.write_text('{"k": [3, 2], "v": [4, 2]}')
-    assert methods.get("kvmix", allocation=str(path)) == methods.parse("kvmix k=3,2 v=4,2")
-    path.write_text('{"k": [3, 5], "v": [4, 2]}')
-    with pytest.raises(ValueError, match="not an allocation"):
-        methods.get("kvmix", allocation=str(path))
-    with pytest.raises(ValueError, match="not both"):
-        methods.get("kvmix", allocation=str(path), k=2)
-    with pytest.raises(ValueError, match="expected an allocation"):
-        Allocation.load(tmp_path / "absent.json")
+@pytest.mark.parametrize(
+    ("ratios", "wanted"),
+    [("paper", [0.1, 0.1, 0.2, 0.2, 0.2]), ("reference", [0.1, 0.2, 0.2, 0.3, 0.3]), ("", [0.1, 0.1, 0.2, 0.2, 0.2])],
+)
+def test_ratios_by_width(ratios, wanted):
+    for ratio_of, kind in (("waiting", "ratio"), ("context", "share")):
+        recipes = [methods.get("kvmix", bits=b, ratios=ratios, ratio_of=ratio_of) for b in (1, 2, 3, 4, 8)]
+        rules = [side.retention for recipe in recipes for side in recipe.layers[0].sides]
+        assert [rule.ratio for rule in rules] == [ratio for ratio in wanted for _ in range(2)]
+        assert {rule.kind for rule in rules} == {kind} and {rule.group for rule in rules} == {32}
 
 
-def test_one_width_is_repeated_and_lists_must_agree():
-    assert Allocation.of(2, (3, 4)) == Allocation(k=(2, 2), v=(3, 4))
-    with pytest.raises(ValueError, match="as many layers"):
-        Allocation.of((2, 2, 2), (3, 4))
+def test_an_allocation_brings_its_ratios_along_unless_told_otherwise():
+    theirs, ours = Allocation.of((4, 2), 2, ratios="reference"), Allocation.of((4, 2), 2)
+    assert methods.get("kvmix", allocation=theirs) == methods.parse("kvmix k=4,2 ratios=reference")
+    assert methods.get("kvmix", allocation=theirs, ratios="paper") == methods.get("kvmix", allocation=ours)
+    assert methods.get("kivi", allocation=theirs) == methods.get("kivi", allocation=ours)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,24 @@ def test_the_window_collapses_in_a_living_layer(bits, ratio, held):
         layer.update(x, x)
         found.append([layer.lengths[0] - track.frontiers[0] for track in layer.tracks])
     assert found[1:] == [[expected + 1] * 2 for expected in held]
+
+
+def test_a_share_of_the_context_grows_in_a_living_layer():
+    """The ring of a window that grows is enlarged seldom, holds what it must, and loses nothing."""
+    recipe, rows, length = methods.get("kvmix", bits=2, ratio=0.5, ratio_of="context"), Rows(), 0
+    layer = Layer(recipe.layers[0], recipe.page, recipe.prefill, 0, rows)
+    x, rooms = torch.randn(1, 1, 1500, 8), []
+    for count in (100, *[1] * 1400):
+        rows.extend(1, count, None)
+        layer.update(x[:, :, length : length + count], x[:, :, length : length + count])
+        length += count
+        rooms.append(layer.key.exact.capacity)
+        seen = (
+            68 if length == 100 else length - 1
+        )  # the rule is asked without the last update, or 32 tokens of a long one
+        for track in layer.tracks:
+            (frontier,) = track.frontiers
+            assert frontier == (seen - seen // 2) // 32 * 32
+            assert torch.equal(track.exact.get([0], frontier, length), x[:, :, frontier:length])
+    assert rooms == sorted(rooms) and rooms[0] == 128 and rooms[-1] >= 750
+    assert len(set(rooms)) <= 9 and rooms[-1] <= 1.25 * (750 + 32) + 64

@@ -40,6 +40,8 @@ def test_every_method_is_found_and_says_what_it_is():
         ("  kivi:2   recent=64 ", "kivi", {"bits": 2, "recent": 64}),
         ("kivi values=block", "kivi", {"values": "block"}),
         ("kvmix k=3,2 v=4,2 ratio=0.25", "kvmix", {"k": (3, 2), "v": (4, 2), "ratio": 0.25}),
+        ("kvmix ratio-of=context ratios=reference", "kvmix", {"ratio_of": "context", "ratios": "reference"}),
+        ("hadamard:2 k=3,4,2", "hadamard", {"k": [3, 4, 2], "v": (2, 2, 2)}),
         ("partial-logquant:4 budget=128", "partial-logquant", {"bits": 4, "budget": 128}),
         ("int4 group=32", "int4", {"group": 32}),
     ],
@@ -62,6 +64,17 @@ def test_a_recipe_passes_through_and_takes_no_options():
     assert methods.resolve(recipe) is recipe
     with pytest.raises(ValueError, match="takes no options"):
         methods.resolve(recipe, bits=4)
+
+
+def test_text_takes_keywords_beside_its_own_options(tmp_path):
+    assert methods.resolve("kivi recent=64", k=3) == methods.parse("kivi recent=64 k=3")
+    with pytest.raises(ValueError, match="recent of kivi is given twice"):
+        methods.parse("kivi recent=64", recent=32)
+    path = tmp_path / "recipe.json"
+    methods.get("kivi").save(path)
+    for method in (path, str(path)):
+        with pytest.raises(ValueError, match="takes no options"):
+            methods.resolve(method, k=3)
 
 
 REFUSED = [
@@ -91,6 +104,19 @@ REFUSED = [
     ("kvmix ratio=1.5", "less than 1"),
     ("kvmix k=3,2 v=4,2,2", "as many layers"),
     ("kvmix k=5", "bits must be one of"),
+    ("kvmix ratios=ours", "ratios must be 'paper' or 'reference' (the published code's), found 'ours'"),
+    ("kvmix ratio-of=all", "ratio-of must be 'waiting' (as published) or 'context', found 'all'"),
+    ("kvmix ratio-of=context ratio=1", "less than 1"),
+    ("kivi k=5,2", "found 5 in k of layer 0"),
+    ("kivi k=2.5 v=3,2", "k: input should be a valid integer"),
+    ("kivi allocation=x.json k=2", "either an allocation or k="),
+    ("kivi:2 allocation=x.json", "either an allocation or bits="),
+    ("kivi allocation=absent.json", "expected an allocation's JSON file at absent.json: No such file"),
+    ("exact allocation=x.json", "exact takes no allocation"),
+    ("kivi alocation=x.json", "did you mean 'allocation'?"),
+    ("logquant k=2,3", "logquant: layer 1, k=3 v=2: bits must be 2 or 4 (or 16, exact), found 3"),
+    ("kvquant k=3,2", "v is missing"),
+    ("kvquant k=3,8 v=2", "kvquant: layer 1, k=8 v=2: bits"),
     ("hadamard group=12", "multiple of 8"),
     ("absent.json", "expected a recipe's JSON file at absent.json"),
 ]

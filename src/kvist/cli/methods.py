@@ -64,13 +64,9 @@ def catalogue(json: Json = False) -> None:
 
 def options(name: str) -> dict[str, object]:
     """A method's options with their defaults."""
-    import inspect
+    from kvist.methods import defaults, names
 
-    from kvist.methods import entry, names
-
-    if name not in names():
-        return {}
-    return {k.replace("_", "-"): p.default for k, p in inspect.signature(entry(name)).parameters.items()}
+    return {k.replace("_", "-"): default for k, default in defaults(name).items()} if name in names() else {}
 
 
 def show(

@@ -16,6 +16,10 @@ def run(
             "--method", "-m", help="'kivi:2', 'kivi k=2 v=4 group=32', or a recipe's JSON file.  [default: kivi:2]"
         ),
     ] = None,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file of bits per layer, for a method with k and v.  [method's default: kvmix]"),
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="A text file that holds the prompt.")
@@ -47,7 +51,8 @@ def run(
 
     Examples: kvist run Qwen/Qwen3-0.6B --method kivi:2 --prompt 'Once upon a time' --greedy;
     kvist run ./my-model -m 'kivi k=2 v=4' --prompt-file book.txt --reserve 140000;
-    kvist run ./my-model --chat --save-cache talk.kvist
+    kvist run ./my-model --chat --save-cache talk.kvist;
+    kvist run ./my-model -m 'kivi recent=64' --allocation alloc.json --prompt-file book.txt
     """
     from kvist.methods import parse
 
@@ -65,7 +70,10 @@ def run(
         raise ValueError(f"expected a cache written by --save-cache at {load_cache}, found no file")
     if save_cache and not save_cache.parent.is_dir():
         raise ValueError(f"expected a folder to write {save_cache.name} into, found none at {save_cache.parent}")
-    recipe = None if method is None else parse(method)
+    if allocation:
+        recipe = parse(method or "kvmix", allocation=allocation)
+    else:
+        recipe = None if method is None else parse(method)
     text = _read(prompt_file) if prompt_file else prompt or ""
     if not text and not chat:
         raise ValueError("the prompt is empty; give it some text")

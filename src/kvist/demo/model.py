@@ -1,6 +1,5 @@
 """The small model that comes with kvist: our own weights, in the wheel."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ def recipe(text: str) -> Recipe:
     made = parse(text)
     if not made.needs:
         return made
-    bits = made.layers[0].key.codec.levels.bits
-    if not (FITTED / str(bits)).is_dir():
-        raise ValueError(f"no artefact of {bits} bits comes with the bundled model; `kvist calibrate` makes one")
-    return parse(f"{text} artifact={shlex.quote(str(FITTED / str(bits)))}")
+    widths = sorted({side.codec.levels.bits for plan in made.layers for side in plan.sides})
+    for bits in widths:
+        if not (FITTED / str(bits)).is_dir():
+            raise ValueError(f"no artefact of {bits} bits comes with the bundled model; `kvist calibrate` makes one")
+    return parse(text, artifact=",".join(str(FITTED / str(bits)) for bits in widths))
 
 
 def load(dtype: str = "bfloat16") -> tuple[Any, Any]:
