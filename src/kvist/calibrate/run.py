@@ -109,7 +109,7 @@ def observe(
         progress(stage, done, len(windows))
 
     passes = Passes(model, windows, settings, rotary, len(facts.served), state, tick)
-    with _at_rest(model):
+    with at_rest(model):
         if settings.sensitivity != "none":  # a head whose loss is not known is refused before the hours, not after
             listen_back(model, windows[:1, :SHORT].to(next(model.parameters()).device), lambda *told: None)
         ranges = passes.thresholds() if settings.key_axis == "channel" else [None] * passes.layers
@@ -118,12 +118,12 @@ def observe(
     return Observed(facts.identity, settings, rotary, ranges, keys, values, windows)
 
 
-def origin(source: str, digest: str, seed: int, windows: Tensor) -> Origin:
+def origin(source: str, digest: str, seed: int, windows: Sequence[Tensor] | Tensor) -> Origin:
     """The origin of what is fitted here and now."""
     versions = {"kvist": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     versions["python"] = platform.python_version()
-    samples, seqlen = windows.shape
-    return Origin(source=source, digest=digest, samples=samples, seqlen=seqlen, seed=seed, versions=versions)
+    longest = max(len(ids) for ids in windows)
+    return Origin(source=source, digest=digest, samples=len(windows), seqlen=longest, seed=seed, versions=versions)
 
 
 def _key(model: PreTrainedModel, settings: Settings, windows: Tensor) -> str:
@@ -136,7 +136,7 @@ def _key(model: PreTrainedModel, settings: Settings, windows: Tensor) -> str:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode meanwhile."""
     training = {module: module.training for module in model.modules()}
     model.eval()

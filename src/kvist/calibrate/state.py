@@ -18,8 +18,8 @@ class State:
     """Named tensors that grow sample by sample, stage after stage. `key` says what the run is: progress of another run
     is not used. `done`: samples that each stage has seen."""
 
-    def __init__(self, folder: Path, key: str):
-        self.path, self.key = folder / NAME, key
+    def __init__(self, folder: Path, key: str, name: str = NAME):
+        self.path, self.key = folder / name, key
         self.tensors: dict[str, Tensor] = {}
         self.done: dict[str, int] = {}
         self._saved = time.monotonic()

@@ -5,6 +5,7 @@ GPTQ, whose perplexities KVQuant reports.
 """
 
 import hashlib
+import json
 import lzma
 import random
 import re
@@ -103,6 +104,49 @@ def sample(tokenizer, documents: Sequence[str], samples: int, seqlen: int, seed:
     starts = [seqlen * i for i in draw.sample(range(len(ids) // seqlen), min(samples, len(ids) // seqlen))]
     starts += [draw.randrange(len(ids) - seqlen + 1) for _ in range(samples - len(starts))]
     return torch.tensor([ids[start : start + seqlen] for start in starts])
+
+
+def prompts(name: str, data_dir: str | Path | None = None) -> list[str]:
+    """One prompt per line of a .jsonl file: its "prompt" or "text", or its "context" and "input" (as LongBench has
+    them). Raises ValueError where a line is another thing."""
+    path, found = Path(name), []
+    if data_dir is not None and not path.exists():
+        path = Path(data_dir) / name
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ValueError(f"the prompts {path} cannot be read: {reason}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            parts = [row[key] for key in ("prompt", "text") if key in row][:1] or [row["context"], row.get("input", "")]
+            found.append(BLANK.join(part for part in parts if part))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'line {number} of {path} is no prompt: expected JSON with "prompt", "text" or "context"'
+            ) from None
+    return found
+
+
+def draw(
+    tokenizer, name: str, data_dir: str | Path | None, samples: int, seqlen: int, seed: int = 0
+) -> tuple[list[Tensor], str]:
+    """`samples` prompts of at most `seqlen` tokens, each int64 (T,), and the hash of the text they come from: random
+    lines of a .jsonl file, cut behind, or random windows of a training text. Raises ValueError where there are not as
+    many."""
+    if not name.endswith(".jsonl"):
+        documents = texts(name, data_dir, "train")
+        return list(sample(tokenizer, documents, samples, seqlen, seed)), digest(documents)
+    _check(seqlen, samples)
+    documents, found = prompts(name, data_dir), []
+    for text in random.Random(seed).sample(documents, len(documents)):
+        ids = encode(tokenizer, text[: WIDE * seqlen], special=True)[:seqlen]
+        if len(ids) > 1:
+            found.append(torch.tensor(ids))
+        if len(found) == samples:
+            return found, digest(documents)
+    raise ValueError(f"{name} has {len(found)} prompts of at least 2 tokens, found --samples {samples}; ask for fewer")
 
 
 def encode(tokenizer, text: str, special: bool = False) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvist import __version__
-from kvist.cli import bench, calibrate, demo, evaluate, import_kvquant, inspect, methods, run
+from kvist.cli import allocate, bench, calibrate, demo, evaluate, import_kvquant, inspect, methods, profile, run
 from kvist.cli.errors import Verbs
 
 app = typer.Typer(
@@ -51,6 +51,8 @@ app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.command("import-kvquant")(import_kvquant.import_kvquant)
+app.command("profile")(profile.profile)
+app.command("allocate")(allocate.allocate)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvist.cli.show import Json, console, dump
+from kvist.cli.show import Bars, Json, dump
 
 
 def calibrate(
@@ -53,7 +53,7 @@ def calibrate(
     documents = text.texts(data, data_dir, "train")
     loaded, tokenizer = load(model, device, dtype)
     windows = text.sample(tokenizer, documents, samples, seqlen, seed)
-    with _Bars() as bars:
+    with Bars() as bars:
         artifact = fit(
             loaded,
             windows,
@@ -89,6 +89,8 @@ def _settings(method: str, sensitivity: str, sinks: int | None, cap: str, levels
             f"expected a method that can be fitted, such as 'kvquant bits=3 outliers=1%', found {method!r}"
         )
     key = recipe.layers[0].key
+    if len({side.codec.levels.bits for plan in recipe.layers for side in plan.sides}) > 1:
+        raise ValueError("an artefact has one width; calibrate once for each, and choose among them by k= and v=")
     if key.retention.kind != "none":
         raise ValueError("a recent window is chosen when the artefact is used, not when it is fitted; leave it out")
     given = {"sensitivity": sensitivity, "cap": cap, "levels": levels, "keys": keys, "key_axis": key_axis}
@@ -110,23 +112,3 @@ def _among(option: str, value: str, known: tuple[str, ...]) -> None:
 
 def _literal(qnorm: str) -> Literal["auto", "on", "off"]:
     return qnorm  # pyright: ignore[reportReturnType]
-
-
-class _Bars:
-    """A progress bar per stage, on stderr."""
-
-    def __enter__(self):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress, self.tasks = Progress(*columns, console=console(stderr=True)), {}
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.__exit__(*error)
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
-        self.progress.update(self.tasks[stage], completed=done)

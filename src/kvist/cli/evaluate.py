@@ -1,11 +1,12 @@
 """`kvist eval`: how good a method is on text."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, console, dump, put, table
+from kvist.cli.show import Bars, Json, dump, put, table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure quality: perplexity and divergence.")
 
@@ -71,22 +72,14 @@ def ppl(
         raise ValueError(f"{data} has {len(ids)} windows of {seqlen} tokens, found --windows {windows}; give 0 for all")
     about = {"source": data, "data": text.digest(documents), "seqlen": seqlen, "mode": mode}
     chosen = collect.Text(ids, data, about["data"])
-    kept = _with_progress(lambda tick: collect.collect(loaded, chosen, recipes, mode, results, batch, tick))
+    with Bars() as bars:
+        tick = partial(bars.show, "windows × methods")
+        kept = collect.collect(loaded, chosen, recipes, mode, results, batch, tick)
     found = summary(kept, methods[0], seed)
     if json:
         return dump({"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), **about, "results": found})
     put(_table(found, model, data, about, methods[0]))
     return None
-
-
-def _with_progress(work):
-    """`work`, given a function to be told how many of how many steps are done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task("windows × methods", total=None)
-        return work(lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def _table(found: list[dict], model: str, data: str, about: dict, first: str):

@@ -1,6 +1,9 @@
 """What the console prints, and where: results on stdout, everything else on stderr."""
 
+import importlib.util
 import json as json_
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +55,38 @@ def put(made) -> None:
     Console(highlight=False, markup=False, width=None if out.is_terminal else 140).print(made)
 
 
+class Bars:
+    """A progress bar per stage, on stderr."""
+
+    def __enter__(self):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress, self.tasks = Progress(*columns, console=console(stderr=True)), {}
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.__exit__(*error)
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total)
+        self.progress.update(self.tasks[stage], completed=done)
+
+
+def check_plot(path: Path | None) -> None:
+    """Before the hours, not after: can a plot be drawn there?"""
+    if path is None:
+        return
+    if path.suffix != ".png":
+        raise ValueError(f"a plot is a PNG file, found --plot {path}; give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'kvist[plot]'")
+
+
 def size(nbytes: float) -> str:
     """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB"):
@@ -59,3 +94,24 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} GiB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '10GiB', '1.5 GB', '512MiB', '64kB' or plain bytes; 1 GB is 1000 MB, 1 GiB is 1024 MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b|b)?", text.strip(), re.IGNORECASE)
+    nbytes = 0
+    if found:
+        number, letter, binary = found.groups(default="")
+        nbytes = int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(letter.lower()) if letter else 0))
+    if not nbytes:
+        raise ValueError(f"expected bytes such as '10GiB', '512MiB' or '8000000000', found {text!r}")
+    return nbytes
+
+
+def parse_count(text: str) -> int:
+    """Tokens from '131072', '128K' or '1M'; 1 K is 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1024 ** " km".index(found[2].lower() or " ")) if found else 0
+    if not count:
+        raise ValueError(f"expected a number of tokens such as '4096' or '128K', found {text!r}")
+    return count

@@ -62,7 +62,7 @@ def listen_back(model: PreTrainedModel, ids: Tensor, listener: Listener) -> floa
     hidden: list[Tensor] = []
     text = model.config.get_text_config(decoder=True)
     large = ids.numel() * text.hidden_size * text.num_hidden_layers * PER_NUMBER > ROOM
-    with _frozen(model), _recomputed(model) if large else nullcontext():
+    with frozen(model), _recomputed(model) if large else nullcontext():
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         hook = model.get_decoder().register_forward_hook(lambda module, args, out: hidden.append(out[0]))
         try:
@@ -109,13 +109,13 @@ def _head(model: PreTrainedModel, hidden: Tensor, expected: Tensor) -> Callable[
     if found.shape != expected.shape or (found.float() - expected.float()).abs().max() > slack:
         raise ValueError(
             f"{text.model_type} makes its logits in a way that kvist does not know, so their loss cannot be computed "
-            "in pieces; use --sensitivity none"
+            "in pieces; `kvist calibrate --sensitivity none` needs no loss"
         )
     return head
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No weight asks for a gradient meanwhile."""
     asked = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in asked:
