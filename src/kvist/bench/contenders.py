@@ -69,7 +69,7 @@ def dynamic(masked: bool = False) -> Contender:
         return sdpa_attention_forward(module, query, keys, values, everything, **kwargs)
 
     attention = packed if masked else sdpa_attention_forward
-    return Contender("dynamic", cache, attention, lambda n: None, lambda: _held(cache))
+    return Contender("dynamic", cache, attention, lambda n: None, lambda: held(cache))
 
 
 def quantized(backend: str, bits: int) -> Contender:
@@ -79,7 +79,7 @@ def quantized(backend: str, bits: int) -> Contender:
     )
     axis = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
     cache = QuantizedCache(backend=backend, config=config, nbits=bits, **axis)
-    return Contender(f"{backend}-{bits}", cache, sdpa_attention_forward, lambda n: None, lambda: _held(cache))
+    return Contender(f"{backend}-{bits}", cache, sdpa_attention_forward, lambda n: None, lambda: held(cache))
 
 
 def ours(method: str) -> Contender:
@@ -88,15 +88,15 @@ def ours(method: str) -> Contender:
     layers: list = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
     cache = TransformersCache(layers=layers)
 
-    def held() -> int:
+    def room() -> int:
         from kvist.cache.report import measure
 
         return measure(method, layers).nbytes
 
-    return Contender(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), held)
+    return Contender(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), room)
 
 
-def _held(cache) -> int:
+def held(cache) -> int:
     """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
     seen: dict[int, int] = {}
 

@@ -27,23 +27,36 @@ def outline(name: str):
 
 def load(name: str, device: str, dtype: str):
     """The model, in evaluation mode, and its tokenizer."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
+    place, kind = placed(device), precision(dtype)
+    read_config(name)
+    tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
+    model: Any = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
+    return model.to(place).eval(), tokenizer
+
+
+def placed(device: str):
+    """--device as a torch.device that can be used here."""
+    import torch
+
     try:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device!r} cannot be used here: {_first(error)}") from None
-    read_config(name)
-    tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model: Any = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
-    return model.to(place).eval(), tokenizer
+    return place
+
+
+def precision(dtype: str) -> Any:
+    """--dtype as a torch.dtype; "auto" stays."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, found {dtype!r}")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def _checked(name: str, make):
