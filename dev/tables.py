@@ -1,0 +1,236 @@
+"""Tables of what was measured, from the JSON files that the demo, the benchmarks and runs/ write.
+
+Each function gives a part of a page in Markdown, or None where its file is missing.
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ("runs/demo.json", "out/demo/results.json")  # the first that exists
+DECODE = ("runs/decode.json",)
+PASSIVE = ("runs/decode-passive.json",)
+ENCODE = ("runs/encode.json",)
+KVMIX = ("runs/kvmix.json",)
+KVMIX_WINDOW = ("runs/kvmix-window.json",)
+KVQUANT = ("runs/kvquant.json",)
+MEMORY = ("runs/memory.json",)
+WINDOWS = ("runs/windows.json",)
+VARIANTS = ("plain", "mild", "strong")
+
+
+def demo(where: tuple[str, ...] = DEMO) -> str | None:
+    """The demo's table: one row per method."""
+    found = _read(where)
+    if found is None:
+        return None
+    columns = {
+        "method": lambda r: f"`{r['method']}`",
+        "bits per element": lambda r: f"{r['bits_per_element']:.2f}",
+        "cache KiB": lambda r: f"{r['nbytes'] / 1024:,.0f}",
+        "KL to exact, nats": lambda r: f"{r['kl']:.2g}",
+        "answers right": lambda r: f"{r['right']} of {r['asked']}",
+        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+    }
+    rows = [[cell(row) for cell in columns.values()] for row in found["results"]]
+    note = (
+        f"{found['questions']} questions about {found['documents']} documents of {found['shortest']} to "
+        f"{found['longest']} tokens, seed {found['seed']}; {_count(found['threads'], 'thread')}, "
+        f"torch {found['torch']}, transformers {found['transformers']}."
+    )
+    return f"{note}\n\n{table(list(columns), rows, 'lrrrrr')}\n\n{found['caption']}"
+
+
+def decode(where: tuple[str, ...] = DECODE) -> str | None:
+    """The decode benchmark's table: one row per contender, one column per length."""
+    found = _read(where)
+    if found is None:
+        return None
+    lengths = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
+    cells: dict[str, dict[int, str]] = {}
+    room: dict[str, str] = {}
+    for row in found["rows"]:
+        text = "failed" if "failed" in row else f"{row['median ms']:.2f} ({row['x dynamic']:.2f}x)"
+        cells.setdefault(row["contender"], {})[row["tokens"]] = text
+        if row["tokens"] == lengths[-1] and "failed" not in row:
+            room[row["contender"]] = f"{row['cache MiB']:.1f}"
+    labels = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
+    head = ["contender", *labels, f"cache MiB at {labels[-1]}"]
+    rows = [[f"`{name}`", *(at.get(n, "") for n in lengths), room.get(name, "")] for name, at in cells.items()]
+    note = f"{found['title']}. Median ms, and the ratio to the faster `dynamic`. {_machine(found['machine'])}"
+    return f"{note}\n\n{table(head, rows, 'l' + 'r' * (len(head) - 1))}"
+
+
+def encode() -> str | None:
+    """The encode benchmark's table: one row per method and side."""
+    found = _read(ENCODE)
+    if found is None:
+        return None
+    columns = {
+        "method": "method",
+        "side": "side",
+        "MB/s of input": "MB/s",
+        "ratio to a copy": "x copy",
+        "page, µs": "page us",
+        "one token, µs": "token us",
+    }
+    digits = {"MB/s": 0, "x copy": 3, "page us": 0, "token us": 0}
+    rows = [
+        [
+            f"{row[key]:,.{digits[key]}f}" if key in digits and key in row else str(row.get(key, ""))
+            for key in columns.values()
+        ]
+        for row in found["rows"]
+    ]
+    copied = f"A copy of the same bytes runs at {found['copy MB/s']:,.0f} MB/s."
+    note = f"{found['title']}. {copied} {_machine(found['machine'])}"
+    return f"{note}\n\n{table(list(columns), rows, 'llrrrr')}"
+
+
+def ablation(mode: str) -> str | None:
+    """KVQuant's parts one at a time: bits, then perplexity and KL per variant of the model, means of the two texts."""
+    found = _read(KVQUANT)
+    if found is None:
+        return None
+    rows = [row for row in found["rows"] if row["mode"] == mode]
+    variants = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    head = ["row", "bits, this model at 2K", "bits, 8 x 128 at 32K"]
+    head += [f"{what}, {name}" for name in variants for what in ("WikiText-2 ppl", "KL")]
+    lines = []
+    for name in names:
+        own = [row for row in rows if row["method"] == name]
+        elsewhere = "" if "uncapped" in name else f"{own[0]['bits_large']:.2f}"  # its slots were counted on this model
+        cells = [f"{name}", f"{own[0]['bits']:.2f}", elsewhere]
+        for variant in variants:
+            text = {row["text"]: row for row in own if row["variant"] == variant}
+            cells += [f"{text['wikitext2']['perplexity']['value']:.1f}", _both(text)]
+        lines.append(cells)
+    return table(head, lines, "l" + "r" * (len(head) - 1))
+
+
+def _both(text: dict[str, dict]) -> str:
+    """KL on each text, with a mark where the paired interval of the difference excludes none."""
+    cells = []
+    for name in ("wikitext2", "novels"):
+        row = text[name]
+        low, high = (row["kl_difference"][end] for end in ("low", "high"))
+        cells.append(f"{row['kl']['value']:.3f}{'' if low > 0 or high < 0 else ' ='}")
+    return " / ".join(cells)
+
+
+def allocation() -> str | None:
+    """Who gets the bits: per group of equal stored bytes, KL per variant of the model and text."""
+    found = _read(KVMIX)
+    if found is None:
+        return None
+    variants = [name for name in VARIANTS if any(row["variant"] == name for row in found["rows"])]
+    head = ["group", "row", "bits at 2K", "keys, values (plain)"]
+    head += [f"{what}, {name}" for name in variants for what in ("WikiText-2 ppl", "KL")]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"] != "exact"):
+        own = [row for row in found["rows"] if row["method"] == method]
+        widths = " ".join("".join(map(str, own[0][side])) for side in ("k", "v")) if "k" in own[0] else ""
+        group, name = method.split(": ")
+        cells = [group, name, f"{own[0]['bits']:.2f}", widths]
+        for variant in variants:
+            text = {row["text"]: row for row in own if row["variant"] == variant}
+            cells += [f"{text['wikitext2']['perplexity']['value']:.1f}", _both(text)]
+        lines.append(cells)
+    return table(head, lines, "llrl" + "r" * (len(head) - 4))
+
+
+def ranking() -> str | None:
+    """How well each score ranks layers, against the KL measured when one side of one layer is coded alone."""
+    found = _read(KVMIX)
+    if found is None:
+        return None
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in found["ranking"]):
+        for side, word in (("k", "keys"), ("v", "values")):
+            cells = [variant, word]
+            for score in ("gradient-norm", "loss-change"):
+                for bits in (1, 2, 3):
+                    own = [r for r in found["ranking"] if (r["variant"], r["side"], r["bits"]) == (variant, side, bits)]
+                    cells.append(" / ".join(f"{row[score]:.2f}" for row in own))
+            lines.append(cells)
+    head = [
+        "model",
+        "side",
+        *(f"{score}, {bits} bit" for score in ("gradient-norm", "loss-change") for bits in (1, 2, 3)),
+    ]
+    return table(head, lines, "llrrrrrr")
+
+
+def profiling() -> str | None:
+    """What a profile takes, against a pass per layer."""
+    found = _read(KVMIX)
+    if found is None:
+        return None
+    head = ["model", "profile, s", "a pass per layer, s", "ratio", "largest relative difference of norms"]
+    lines = []
+    for variant, cost in found["cost"].items():
+        slow = found["prompts"] * cost["seconds of a pass per layer, per prompt"]
+        numbers = [f"{cost['seconds']:.0f}", f"{slow:.0f}", f"{slow / cost['seconds']:.1f}"]
+        lines.append([variant, *numbers, f"{cost['largest difference']:.0e}"])
+    note = f"{found['prompts']} prompts of {found['tokens']:,} tokens, errors of five widths included, one thread."
+    return f"{note}\n\n{table(head, lines, 'lrrrr')}"
+
+
+def kvmix_window() -> str | None:
+    """Exact tokens of KVmix's window, step by step."""
+    found = _read(KVMIX_WINDOW)
+    if found is None:
+        return None
+    steps = list(found["rows"][0]["exact tokens"])
+    lines = []
+    for row in found["rows"]:
+        low, high = row["of the last 64 steps"]
+        cells = [str(row["exact tokens"][step]) for step in steps]
+        lines.append([f"{row['ratio']:.0%} of {row['ratio of']}", *cells, f"{low} to {high}"])
+    head = ["window", *(f"step {step}" for step in steps), "last 64 steps"]
+    return table(head, lines, "l" + "r" * (len(head) - 1))
+
+
+def memory() -> str | None:
+    """Measured bytes of one layer, and what follows for whole models."""
+    found = _read(MEMORY)
+    if found is None:
+        return None
+    rows = [
+        [f"`{r['method']}`", f"{r['bytes']:,}", f"{r['bits per element']:.3f}", f"{r['MB/s of 16-bit input']:.0f}"]
+        for r in found["measured"]
+    ]
+    measured = table(["method", "bytes", "bits per element", "MB/s of 16-bit input"], rows, "lrrr")
+    rows = [[*_sizes(r), r["published"]] for r in found["claims"]]
+    head = ["method", "tokens", "cache, GiB", "with 13.5 GB of weights, GiB", "published"]
+    claims = table(head, rows, "lrrrl")
+    rows = [[*_sizes(r), f"{r['80 GB cards']:.0f}"] for r in found["Llama-3-8B"]]
+    head = ["method", "tokens", "cache, GiB", "with 16.1 GB of weights, GiB", "cards of 80 GiB, at least"]
+    return f"{found['title']}.\n\n{measured}\n\n{claims}\n\nLlama-3-8B shapes:\n\n{table(head, rows, 'lrrrr')}"
+
+
+def _sizes(row: dict) -> list[str]:
+    sizes = [f"{row[name]:.1f}" for name in ("cache GiB", "with weights GiB")]
+    return [f"`{row['method']}`", f"{row['tokens']:,}", *sizes]
+
+
+def table(head: list[str], rows: list[list[str]], align: str) -> str:
+    rule = [{"l": ":--", "r": "--:"}[a] for a in align]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _read(candidates: tuple[str, ...]):
+    path = next((ROOT / name for name in candidates if (ROOT / name).exists()), None)
+    return None if path is None else json.loads(path.read_text())
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _machine(found: dict) -> str:
+    return (
+        f"{found['processor']} ({found['capability']}), {_count(found['threads'], 'thread')}, "
+        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}."
+    )
