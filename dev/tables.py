@@ -125,19 +125,41 @@ def allocation() -> str | None:
     if found is None:
         return None
     variants = [name for name in VARIANTS if any(row["variant"] == name for row in found["rows"])]
-    head = ["group", "row", "bits at 2K", "keys, values (plain)"]
+    head = ["group", "row", "bits at 2K", "keys, values"]
     head += [f"{what}, {name}" for name in variants for what in ("WikiText-2 ppl", "KL")]
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in found["rows"] if row["method"] != "exact"):
-        own = [row for row in found["rows"] if row["method"] == method]
-        widths = " ".join("".join(map(str, own[0][side])) for side in ("k", "v")) if "k" in own[0] else ""
-        group, name = method.split(": ")
-        cells = [group, name, f"{own[0]['bits']:.2f}", widths]
+    lines: dict[str, list[str]] = {}
+    every = [row for row in found["rows"] if row["method"] != "exact"]
+    for label in dict.fromkeys(_drawn(row) for row in every):
+        own = [row for row in every if _drawn(row) == label]
+        same = "k" in own[0] and all(row["k"] == own[0]["k"] and row["v"] == own[0]["v"] for row in own)
+        widths = " ".join("".join(map(str, own[0][side])) for side in ("k", "v")) if same else ""
+        cells = [*label.split(": "), f"{own[0]['bits']:.2f}", widths]
         for variant in variants:
-            text = {row["text"]: row for row in own if row["variant"] == variant}
-            cells += [f"{text['wikitext2']['perplexity']['value']:.1f}", _both(text)]
-        lines.append(cells)
-    return table(head, lines, "llrl" + "r" * (len(head) - 4))
+            text = {}
+            for row in own:
+                if row["variant"] == variant:
+                    text.setdefault(row["text"], []).append(row)
+            perplexities = [row["perplexity"]["value"] for row in text["wikitext2"]]
+            if len(perplexities) == 1:
+                cells += [f"{perplexities[0]:.1f}", _both({name: rows[0] for name, rows in text.items()})]
+            else:
+                cells += [_spread(perplexities, 1), " / ".join(_spread(_kls(text[name]), 3) for name in text)]
+        lines[label] = cells
+    return table(head, list(lines.values()), "llrl" + "r" * (len(head) - 4))
+
+
+def _drawn(row: dict) -> str:
+    """A row's name; those of random layers share one."""
+    group, name = row["method"].split(": ")
+    return f"{group}: random layers, five seeds" if name.startswith("random") else row["method"]
+
+
+def _kls(rows: list[dict]) -> list[float]:
+    return [row["kl"]["value"] for row in rows]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def ranking() -> str | None:

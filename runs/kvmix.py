@@ -85,7 +85,8 @@ def allocations(found: Profile) -> dict[str, tuple[str, Allocation]]:
         """The widths of `base` on other layers, and what a solver makes of as many bytes."""
         add(group, first, base)
         for score in ("gradient-norm", "loss-change"):
-            add(group, f"by {score}", _ordered(found, base, score))
+            if (made := _ordered(found, base, score)) != Allocation(k=base.k, v=base.v):
+                add(group, f"by {score}", made)
         for seed in range(5):
             add(group, f"random {seed}", rules.shuffled(base, seed))
         for solver in ("exact", "greedy"):
@@ -153,6 +154,7 @@ def measure(variant: str, data_dir: str) -> None:
         print(f"{variant}: {source}", flush=True)
         collect(model, chosen, stored, "stored", results)
         collect(model, chosen._replace(windows=chosen.windows[:ALONE]), alone, "simulated", results)
+    (OUT / variant / "complete").touch()
 
 
 def _rows(variant: str, named: dict[str, Recipe], mode: str, source: str) -> dict[str, list[Row]]:
@@ -167,7 +169,7 @@ def table() -> None:
     """Per variant: the rows with paired intervals against the first of their group, and how well scores rank sides."""
     rows, ranking, cost = [], [], {}
     for variant in VARIANTS:
-        if not (OUT / f"{variant}.jsonl").exists():
+        if not (OUT / variant / "complete").exists():
             continue
         found = Profile.load(OUT / variant / "profile.json")
         cost[variant] = json.loads((OUT / variant / "cost.json").read_text())

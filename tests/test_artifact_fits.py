@@ -94,7 +94,7 @@ def yarn(factor: float) -> dict:
 )
 def test_another_model_is_refused_with_the_reason(words, options, tmp_path):
     made().save(tmp_path)
-    with pytest.raises(ValueError, match=f"does not fit.*fitted to .*{words}.*calibrate") as caught:
+    with pytest.raises(ValueError, match=f"does not fit.*made for .*{words}.*calibrate") as caught:
         kvist.Cache(changed(**options), f"kvquant artifact={tmp_path}")
     assert "\n" not in str(caught.value)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 HOLD = 32  # tokens of the last update that stay exact until the next one, so that `crop(-k)`, k <= 32, is exact
 GROWTH = 1.25
@@ -74,10 +74,10 @@ class ModelIdentity(Part):
     name: str
     kind: str
     config: str
-    layers: int
-    heads: int
-    key_dim: int
-    value_dim: int
+    layers: PositiveInt
+    heads: PositiveInt
+    key_dim: PositiveInt
+    value_dim: PositiveInt
 
     def check(self, found: "ModelIdentity") -> None:
         """Refuse another model, whatever its weights; a fine-tuned one has the same config."""
@@ -86,10 +86,10 @@ class ModelIdentity(Part):
             mine, other = getattr(self, field), getattr(found, field)
             if mine != other:
                 words = words.format(mine) + ", this model has " + words.format(other)
-                raise ValueError(f"it was fitted to {self.name}: {words}; calibrate or profile this model instead")
+                raise ValueError(f"it was made for {self.name}: {words}; calibrate or profile this model instead")
         if self.config != found.config:
             raise ValueError(
-                f"it was fitted to {self.name}, whose config differs in what shapes keys and values; "
+                f"it was made for {self.name}, whose config differs in what shapes keys and values; "
                 "calibrate or profile this model instead"
             )
 

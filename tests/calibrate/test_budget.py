@@ -96,6 +96,29 @@ def test_errors_serve_methods_that_code_alike():
             changes_of(found, other)
 
 
+def test_a_method_s_own_errors_come_first_and_others_do_not_stand_in_the_way():
+    """Not every method has every width that another was tried at, nor are its artefacts there for ever."""
+    start = scored().loss_change[0]
+    gone = start.model_copy(update={"method": "kvquant artifact=gone"})
+    own = start.model_copy(update={"method": "logquant", "choices": (2, 4, 16)})
+    found = scored().model_copy(update={"loss_change": (gone, start, own)})
+    assert changes_of(found, "logquant") is own and changes_of(found, "logquant window=64") is own
+    assert changes_of(found, "kvmix") is start
+    made = solved(found, "logquant", 10**9, LENGTH, choices=(2, 4))
+    assert set(made.k + made.v) <= {2, 4}
+    with pytest.raises(ValueError, match=r"'kivi recent=32' and 'logquant', not of 'hadamard'"):
+        changes_of(found, "hadamard")
+
+
+def test_one_bit_alone_is_taken_by_name_only():
+    start = scored().loss_change[0]
+    one = {side: tuple(layer[:1] for layer in getattr(start, side)) for side in ("k", "v")}
+    narrow = scored(choices=(1,), **one)
+    with pytest.raises(ValueError, match="at 1 bit alone; allow it by --choices 1"):
+        solved(narrow, start.method, 10**9, LENGTH)
+    assert solved(narrow, start.method, 10**9, LENGTH, choices=(1,)).k == (1, 1)
+
+
 def test_a_cache_takes_what_was_billed():
     model = tiny_llama()
     for of in ("waiting", "context"):

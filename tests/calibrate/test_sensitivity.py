@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from artifacts import made
 from families.zoo import tiny
 from models_tiny import tiny_llama, tokens
 
-from kvist.calibrate import state as state_module
 from kvist.calibrate.profile import Profile, spearman
 from kvist.calibrate.sensitivity import _error, profile
 from kvist.coding import Identity
@@ -113,8 +113,7 @@ def test_half_precision_whose_gradients_underflow_is_refused(tmp_path):
     assert np.allclose(near.norms("k"), exact.norms("k"), rtol=0.1)
 
 
-def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "EVERY", -1.0)
+def test_an_interrupted_profile_goes_on(tmp_path):
     whole = profiled(tmp_path)
     (tmp_path / "profile.json").unlink()
     shown = []
@@ -131,6 +130,27 @@ def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch):
     assert shown == [1, 2, 3, 4] and [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
+def test_progress_belongs_to_what_an_artefact_holds_not_to_its_name(tmp_path):
+    """Calibrated anew between two runs, its errors are other ones."""
+    model, methods = tiny_llama(), {f"kvquant artifact={tmp_path / 'fit'}": (2,)}
+    out, shown = tmp_path / "out", []
+    out.mkdir()
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    def show(stage, done, total):
+        shown.append(done)
+
+    made(model=model, bits=2).save(tmp_path / "fit")
+    with pytest.raises(KeyboardInterrupt):
+        profiled(out, model, methods=methods, progress=stop)
+    shutil.rmtree(tmp_path / "fit")
+    made(model=model, bits=2, sinks=3).save(tmp_path / "fit")
+    profiled(out, model, methods=methods, progress=show)
+    assert shown == [1, 2, 3, 4]
+
+
 def test_the_file(tmp_path):
     found, path = profiled(tmp_path), tmp_path / "profile.json"
     assert Profile.load(path) == found
@@ -140,6 +160,18 @@ def test_the_file(tmp_path):
     assert summary["gradient_norm"]["k"]["mean"] == pytest.approx(norms.mean(1), rel=1e-5)
     assert summary["gradient_norm"]["k"]["variance"] == pytest.approx(norms.var(1, ddof=1), rel=1e-5)
     assert data["origin"]["digest"] == "b" and data["model"]["layers"] == 2
+    for place, value, words in (
+        ("gradient_norm", -1.0, "the file: scores of k must be finite and not negative"),
+        ("gradient_norm", float("nan"), "must be finite"),
+    ):
+        torn = copy.deepcopy(data)
+        torn[place]["k"][0][0] = value
+        path.write_text(json.dumps(torn))
+        with pytest.raises(ValueError, match=words):
+            Profile.load(path)
+    path.write_text(json.dumps(data | {"model": data["model"] | {"heads": 0}}))
+    with pytest.raises(ValueError, match=r"model\.heads: .*greater than 0"):
+        Profile.load(path)
     data["gradient_norm"]["k"][0].pop()
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"profile.json is no valid profile: .*different lengths"):

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvist.allocation import Allocation
+from kvist.calibrate import text
 from kvist.calibrate.profile import Profile
 from kvist.cli.app import app
 from kvist.demo.model import FOLDER
@@ -82,6 +83,9 @@ def test_allocations(folder, tmp_path):
     assert "2.17" in said and "2.33" in said and f"--allocation {out}" in said
     assert picture.read_bytes().startswith(PNG)
 
+    norms = [words for words in Profile.load(profile).unstable if "by gradient-norm" in words]
+    assert json.loads(invoke("allocate", profile, "--out", out, "--json").stdout)["unstable"] == norms
+
     words = ["--budget", 3.8, "--method", "kivi recent=32", "--context", "4K", "--json"]
     for solver in ("exact", "greedy"):
         found = json.loads(invoke("allocate", profile, "--out", out, *words, "--solver", solver).stdout)
@@ -91,6 +95,24 @@ def test_allocations(folder, tmp_path):
     words = ["--cache-memory", "40MiB", "--method", "hadamard", "--context", "32K", "--batch", 2, "--json"]
     found = json.loads(invoke("allocate", profile, "--out", out, *words).stdout)
     assert 0.8 * 40 * 2**20 < found["nbytes"] <= 40 * 2**20
+
+
+def test_one_bit_is_proposed_only_where_it_was_tried(folder, tmp_path):
+    words = ["--samples", 2, "--seqlen", 64, "--device", "cpu", "--choices", "2,4", "-m", "kivi recent=32"]
+    invoke("profile", FOLDER, "--prompts", folder[0] / "prompts.jsonl", *words, "--out", tmp_path / "p.json")
+    words = ["--budget", 1, "--method", "kivi recent=32", "--out", tmp_path / "a.json"]
+    assert refused("allocate", tmp_path / "p.json", *words).endswith("stored bits; give that or more\n")
+    assert refused("allocate", folder[0] / "p.json", *words).endswith("1 bit by --choices 1,2,3,4,8\n")
+
+
+def test_prompts_with_blank_lines_and_separators_of_unicode(tmp_path):
+    rows = [{"prompt": f"One\u2028two \u0085 {i}"} for i in range(3)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    assert text.prompts(str(path)) == [row["prompt"] for row in rows]
+    path.write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .*prompts\.jsonl is no prompt"):
+        text.prompts(str(path))
 
 
 def test_an_allocation_runs(folder, tmp_path):
@@ -126,6 +148,16 @@ def test_an_allocation_runs(folder, tmp_path):
         (["--solver", "best", "--budget", "5"], "found 'best'"),
         (["--cache-memory", "plenty"], "such as '10GiB'"),
         (["--plot", "a.pdf"], "ends in .png"),
+        (["--top", "30%", "--reference"], "give one of --top, --reference"),
+        (["--top", ""], "such as 20%"),
+        (["--budget", "5", "--score", "magic"], "found 'magic'"),
+        (["--budget", "5", "--high", "k4v4"], "--high would say nothing with --budget"),
+        (["--choices", "2,3"], "--choices would say nothing with --top"),
+        (["--solver", "greedy", "--choices", "2,3"], "--choices and --solver would say nothing with --top"),
+        (["--budget", "5", "--choices", ""], "--choices is a list of widths"),
+        (["--method", "logquant"], "bits must be 2 or 4"),
+        (["--method", "int4"], "int4 takes no allocation"),
+        (["--method", "kivi:2"], "give either an allocation or bits=, not both"),
     ],
 )
 def test_refused_allocations(folder, tmp_path, words, sentence):

@@ -188,5 +188,5 @@ def test_refusals():
         model(tokens(1, 4), past_key_values=cache)
     with pytest.raises(ValueError, match="kvquant needs"):
         Simulated(model, parse("kvquant"))
-    with pytest.raises(ValueError, match="fitted to"):
+    with pytest.raises(ValueError, match="made for"):
         Simulated(tiny_llama(layers=3), recipe(artifact()))

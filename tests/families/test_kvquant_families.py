@@ -291,7 +291,7 @@ def test_what_was_fitted_under_another_rotary_embedding_is_refused(mine, yours):
         return
     with pytest.raises(ValueError, match=r"does not fit: the model's rotary embedding differs; calibrate"):
         kvist.Cache(model, anonymous(mine, "sdpa"))
-    with pytest.raises(ValueError, match=r"does not fit: it was fitted to .*calibrate"):
+    with pytest.raises(ValueError, match=r"does not fit: it was made for .*calibrate"):
         kvist.Cache(model, plan(mine, "sdpa"))
 
 

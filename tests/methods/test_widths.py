@@ -44,6 +44,20 @@ def test_each_layer_is_what_the_method_makes_of_its_widths(name, tmp_path):
     assert found.needs == methods.get(name).needs
 
 
+def test_an_allocation_may_be_what_its_file_holds():
+    wanted = methods.get("kivi", allocation=MIXED)
+    assert methods.get("kivi", allocation={"k": [4, 2, 4, 2], "v": [2, 2, 4, 4]}) == wanted
+    assert methods.get("kivi", allocation=None) == methods.get("kivi")
+    for wrong, words in (
+        ({}, "k: field required"),
+        ({"k": [2, True], "v": [2, 2]}, "k: input should be a valid integer, found True"),
+        (5, "expected an Allocation, its JSON file or .*found 5"),
+        ([3, 2], r"expected an Allocation, .*found \[3, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=f"kivi: {words}"):
+            methods.get("kivi", allocation=wrong)
+
+
 @pytest.mark.parametrize("name", ["exact", "int4", "int8"])
 def test_a_method_without_widths_refuses_by_name(name):
     with pytest.raises(ValueError, match=f"{name} takes no allocation: .*k and v"):
@@ -66,7 +80,7 @@ def test_an_allocation_of_another_model_is_refused():
         (tiny_llama(layers=3), "2 layers, this model has 3 layers"),
         (tiny_llama(dim=40), "heads of 32, this model has heads of 40"),
     ):
-        with pytest.raises(ValueError, match=f"kivi does not fit: it was fitted to .*{words}; .*profile") as caught:
+        with pytest.raises(ValueError, match=f"kivi does not fit: it was made for .*{words}; .*profile") as caught:
             kvist.Cache(other, "kivi", allocation=allocation)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="describes 2 layers but the model has 3"):
@@ -119,7 +133,7 @@ def test_widths_that_no_artefact_has(places):
     with pytest.raises(ValueError, match="the artefact has 2 layers, the allocation 3"):
         methods.get("kvquant", artifact=places, k=(3, 2, 2), v=3)
     other = describe(tiny_llama(dim=40)).identity
-    with pytest.raises(ValueError, match="fitted to llama: heads of 40"):
+    with pytest.raises(ValueError, match="made for llama: heads of 40"):
         methods.get("kvquant", artifact=places, allocation=Allocation(k=(3, 2), v=(2, 2), model=other))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import StrictInt, ValidationError, model_validator
 
 from kvist.atomic import write_json
 from kvist.types import ModelIdentity, Part
@@ -19,8 +19,8 @@ class Allocation(Part):
     with it, those of the paper or of the published code. note: how it was made, for people.
     """
 
-    k: tuple[int, ...]
-    v: tuple[int, ...]
+    k: tuple[StrictInt, ...]  # a width that JSON gives as true or "3" is a slip
+    v: tuple[StrictInt, ...]
     model: ModelIdentity | None = None
     ratios: Literal["paper", "reference"] = "paper"
     note: str = ""

@@ -7,14 +7,6 @@ from kvist.atomic import replacing
 MARKERS = "osD^vPX<>*hp"
 
 
-def check() -> None:
-    """Raises ValueError where matplotlib is missing: before the measurement, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError("a plot needs matplotlib: pip install 'kvist[plot]'") from None
-
-
 def draw(report: dict, path: str | Path) -> None:
     """tokens/s, and peak and cache bytes, of each contender against the batch, as a PNG; with the limit of memory."""
     from matplotlib import colormaps

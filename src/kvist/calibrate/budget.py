@@ -5,14 +5,15 @@ is one choice among pairs of widths, because the two sides of a layer share its 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
+from kvist import methods
 from kvist.allocation import Allocation, rules
 from kvist.allocation.solve import Choice, Impossible, exact, greedy
 from kvist.calibrate.profile import Changes, Profile
 from kvist.coding import Codec
-from kvist.methods import parse
 from kvist.plan import Recipe
 from kvist.types import Geometry, ModelIdentity
 
@@ -40,15 +41,21 @@ def changes_of(profile: Profile, method: str) -> Changes:
     """The changes that a method's codecs make: measured under its own text, or of a method that codes alike and keeps
     another window. Raises ValueError where there are none."""
     for changes in profile.loss_change:
-        if changes.method == method or _codecs(changes.method, changes.choices) == _codecs(method, changes.choices):
+        if changes.method == method:
             return changes
-    known = " and ".join(repr(changes.method) for changes in profile.loss_change)
+    for changes in profile.loss_change:
+        found = _codecs(method, changes.choices)
+        with suppress(ValueError):  # the artefacts of another method may be gone
+            if found == _codecs(changes.method, changes.choices):
+                return changes
+    known = " and ".join(repr(changes.method) for changes in profile.loss_change) or "no method"
     raise ValueError(f"the profile knows the errors of {known}, not of {method!r}; profile again with --method")
 
 
-def _codecs(method: str, choices: Sequence[int]) -> list[list[Codec]]:
-    recipes = (parse(method, k=bits, v=bits) for bits in choices)
-    return [[side.codec for plan in recipe.layers for side in plan.sides] for recipe in recipes]
+def _codecs(method: str, choices: Sequence[int]) -> dict[int, list[Codec]]:
+    """By width, of those that the method has."""
+    found = methods.widths(method, choices).items()
+    return {bits: [side.codec for plan in recipe.layers for side in plan.sides] for bits, recipe in found}
 
 
 def ranked(
@@ -94,7 +101,11 @@ def solved(
         raise ValueError(f"a solver is exact or greedy, found {solver!r}")
     changes = changes_of(profile, method)
     widths = tuple(choices or (bits for bits in changes.choices if bits > 1))
-    recipes = {(k, v): parse(method, k=k, v=v) for k in widths for v in widths}
+    if not widths:
+        raise ValueError(
+            f"the profile tried {changes.method!r} at 1 bit alone; allow it by --choices 1, or profile again"
+        )
+    recipes = {(k, v): methods.parse(method, k=k, v=v) for k in widths for v in widths}
     page = max(recipe.page for recipe in recipes.values())
     shape, layers = geometry(profile.model), profile.model.layers
     losses = {side: {bits: changes.at(side, bits) for bits in widths} for side in ("k", "v")}

@@ -68,8 +68,8 @@ class Profile(Part):
                     raise ValueError(f"scores of {side} are lists of different lengths, expected {shape}") from None
                 if found.shape != shape:
                     raise ValueError(f"scores of {side} must be of shape {shape}, found {found.shape}")
-                if not np.isfinite(found).all():
-                    raise ValueError(f"scores of {side} must be finite")
+                if not (np.isfinite(found) & (found >= 0)).all():
+                    raise ValueError(f"scores of {side} must be finite and not negative")
         return self
 
     def norms(self, side: Literal["k", "v"]) -> np.ndarray:
@@ -129,7 +129,8 @@ class Profile(Part):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(f"{path} is no valid profile: {where}: {first['msg']}") from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{path} is no valid profile: {where}: {said}") from None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

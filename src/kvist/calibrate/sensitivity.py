@@ -54,17 +54,21 @@ def profile(
     facts, candidates = describe(model), _candidates(model, methods, min(map(len, prompts)))
     layers = len(facts.served)
     out = Path(out)
-    state = State(out.parent, _key(model, prompts, methods), out.name + ".progress")
+    state = State(out.parent, _key(model, prompts, candidates), out.name + ".progress")
     found = _Pass(state, candidates, len(prompts), layers)
-    with at_rest(model):
-        sources = projections(model)
-        for i in range(state.done.get(STAGE, 0), len(prompts)):
-            ids = prompts[i].unsqueeze(0).to(model.device)
-            found.prompt, found.tokens = i, ids.shape[1] - 1
-            with weight_gradients(sources, found.weights):
-                listen_back(model, ids, found.activations)
-            state.step(STAGE, i + 1)
-            progress(STAGE, i + 1, len(prompts))
+    try:
+        with at_rest(model):
+            sources = projections(model)
+            for i in range(state.done.get(STAGE, 0), len(prompts)):
+                ids = prompts[i].unsqueeze(0).to(model.device)
+                found.prompt, found.tokens = i, ids.shape[1] - 1
+                with weight_gradients(sources, found.weights):
+                    listen_back(model, ids, found.activations)
+                state.step(STAGE, i + 1)
+                progress(STAGE, i + 1, len(prompts))
+    except KeyboardInterrupt:
+        state.save()
+        raise
     made = Profile(
         model=facts.identity,
         dtype=str(getattr(model.config, "dtype", None) or model.dtype).removeprefix("torch."),
@@ -148,9 +152,10 @@ def _candidates(model: PreTrainedModel, methods: Mapping[str, Sequence[int]], sh
     return found
 
 
-def _key(model: PreTrainedModel, prompts: Sequence[Tensor], methods: Mapping[str, Sequence[int]]) -> str:
-    """What progress belongs to."""
-    facts = [fingerprint(model), str(model.dtype), {name: list(w) for name, w in methods.items()}, __version__]
+def _key(model: PreTrainedModel, prompts: Sequence[Tensor], candidates: Candidates) -> str:
+    """What progress belongs to: of an artefact, what is in it, not its name alone."""
+    plans = {name: [[plan.model_dump_json() for plan in x] for x in widths] for name, widths in candidates.items()}
+    facts = [fingerprint(model), str(model.dtype), plans, __version__]
     made = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
     for ids in prompts:
         made.update(ids.numpy().tobytes() + b"|")

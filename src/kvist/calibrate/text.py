@@ -113,11 +113,13 @@ def prompts(name: str, data_dir: str | Path | None = None) -> list[str]:
     if data_dir is not None and not path.exists():
         path = Path(data_dir) / name
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")  # alone: other separators may stand inside a JSON string
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ValueError(f"the prompts {path} cannot be read: {reason}") from None
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             parts = [row[key] for key in ("prompt", "text") if key in row][:1] or [row["context"], row.get("input", "")]

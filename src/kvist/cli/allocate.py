@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, check_plot, dump, parse_count, parse_size, put, size, table
+from kvist.cli.show import Json, check_plot, console, dump, parse_count, parse_size, put, size, table
 
 
 def allocate(
@@ -17,8 +17,8 @@ def allocate(
     top: Annotated[
         str | None, typer.Option(help="Share of layers that get --high, at least one.  [default: 20%]")
     ] = None,
-    high: Annotated[str, typer.Option(help="Bits of the layers that score highest.")] = "k3v4",
-    low: Annotated[str, typer.Option(help="Bits of the others.")] = "k2v2",
+    high: Annotated[str | None, typer.Option(help="Bits of the layers that score highest.  [default: k3v4]")] = None,
+    low: Annotated[str | None, typer.Option(help="Bits of the others.  [default: k2v2]")] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -33,22 +33,28 @@ def allocate(
     choices: Annotated[
         str | None, typer.Option(help="Widths to choose from.  [default: those profiled, without 1 bit]")
     ] = None,
-    solver: Annotated[str, typer.Option(help="exact (knapsack) or greedy.")] = "exact",
+    solver: Annotated[str | None, typer.Option(help="exact (knapsack) or greedy.  [default: exact]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw bits and scores to this PNG file.")] = None,
     json: Json = False,
 ) -> None:
     """Choose bits for the keys and values of each layer: by rank (--top), or as a budget of stored bytes allows.
 
     Examples: kvist allocate profile.json --top 20% --high k3v4 --low k2v2 --out alloc.json;
-    kvist allocate profile.json --budget 2.5 --method hadamard --out alloc.json;
+    kvist allocate profile.json --budget 3.5 --method kivi --out alloc.json;
     kvist allocate profile.json --cache-memory 10GiB --context 128K --batch 1 --out alloc.json
     """
     check_plot(plot)
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"--out is a JSON file in a folder that is there, found {out}")
-    if sum((top is not None or reference, budget is not None, cache_memory is not None)) > 1:
-        raise ValueError("give one of --top (or --reference), --budget and --cache-memory")
+    if sum((top is not None, reference, budget is not None, cache_memory is not None)) > 1:
+        raise ValueError("give one of --top, --reference, --budget and --cache-memory")
     bound = budget is not None or cache_memory is not None
+    idle = {"--high": high, "--low": low} if bound else {"--choices": choices, "--solver": solver}
+    if useless := [option for option, value in idle.items() if value is not None]:
+        without = "--budget or --cache-memory, which weigh all widths" if bound else "--top, which ranks layers"
+        raise ValueError(f"{' and '.join(useless)} would say nothing with {without}; leave it out")
+    if score not in (None, "gradient-norm", "loss-change"):
+        raise ValueError(f"--score is gradient-norm or loss-change, found {score!r}")
     if bound and score == "gradient-norm":
         raise ValueError("gradient norms do not say what a bit buys; a budget needs --score loss-change")
 
@@ -61,27 +67,33 @@ def allocate(
     if bound:
         limit = _limit(found, budget, cache_memory, length, batch)
         try:
-            made = bytes_.solved(found, method, limit, length, batch, _numbers(choices), solver)
+            made = bytes_.solved(found, method, limit, length, batch, _numbers(choices), solver or "exact")
         except bytes_.Impossible as error:
-            narrower = "" if choices else ", or allow 1 bit by --choices 1,2,3,4,8"
+            tried = bytes_.changes_of(found, method).choices
+            narrower = "" if choices or 1 not in tried else f", or allow 1 bit by --choices {','.join(map(str, tried))}"
             nearest = _impossible(found, budget, cache_memory, error.least, length, batch)
             raise ValueError(nearest + narrower) from None
     else:
-        share = rules.parse_share(top or "20%")
-        pair = rules.parse_widths(high), rules.parse_widths(low)
+        share = rules.parse_share("20%" if top is None else top)
+        pair = rules.parse_widths("k3v4" if high is None else high), rules.parse_widths("k2v2" if low is None else low)
         made = bytes_.ranked(found, score or "gradient-norm", share, *pair, method, reference)
+    recipe = parse(method, allocation=made)  # before the file is there: not every method has all widths
     made.save(out)
-    recipe = parse(method, allocation=made)
     nbytes = bytes_.nbytes(recipe, found.model, length, batch)
     bits = 8 * nbytes / bytes_.elements(found.model, length, batch)
     if plot:
         from kvist.calibrate.draw import draw
 
         draw(found, plot, made)
+    used = "loss-change" if bound else score or "gradient-norm"
+    unstable = [sentence for sentence in found.unstable if f"by {used}" in sentence]
     if json:
         facts = {"method": method, "context": length, "batch": batch, "nbytes": nbytes, "bits_per_element": bits}
+        facts["unstable"] = unstable
         return dump({"allocation": str(out)} | made.model_dump(mode="json") | facts)
     put(_table(found, made, method))
+    for sentence in unstable:
+        console(stderr=True).print(sentence)
     print(f"{bits:.2f} stored bits per element, {size(nbytes)} for {batch} × {length} tokens of a 16-bit model")
     print(f"use it by --method '{method}' --allocation {out}")
     return None
@@ -114,7 +126,7 @@ def _impossible(found, budget: float | None, cache_memory: str | None, least: in
 
 def _numbers(choices: str | None) -> tuple[int, ...] | None:
     try:
-        return choices and tuple(sorted({int(word) for word in choices.split(",")}))  # pyright: ignore
+        return None if choices is None else tuple(sorted({int(word) for word in choices.split(",")}))
     except ValueError:
         raise ValueError(f"--choices is a list of widths such as 2,3,4, found {choices!r}") from None
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, parse_size
+from kvist.cli.show import Json, check_plot, parse_size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory.")
 
@@ -106,10 +106,7 @@ def throughput(
     limit = parse_size(memory) if memory else None
     recipes = {text: parse(text) for text in method or ()}
     config = shape(random_weights, layers) if random_weights else None
-    if plot:
-        from kvist.bench import plot as picture
-
-        picture.check()
+    check_plot(plot)
 
     from kvist.bench import throughput as measured
 

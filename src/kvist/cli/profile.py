@@ -36,7 +36,8 @@ def profile(
     """Score every layer's keys and values, by one backward pass per prompt. An interrupted run goes on where it was.
 
     Example: kvist profile Qwen/Qwen3-0.6B --prompts wikitext2 --out qwen.json;
-    kvist allocate qwen.json --budget 2.5 --out bits.json; kvist run Qwen/Qwen3-0.6B --allocation bits.json -p Hi
+    kvist allocate qwen.json --method kivi --budget 3.5 --out bits.json;
+    kvist run Qwen/Qwen3-0.6B --method kivi --allocation bits.json -p Hi
     """
     check_plot(plot)
     if not out.parent.is_dir() or out.is_dir():
@@ -71,9 +72,9 @@ def profile(
 
 def _widths(text: str, choices: str | None) -> tuple[int, ...]:
     """The widths that a method has, or those asked for."""
-    from kvist.methods import parse
+    from kvist.methods import parse, widths
 
-    if choices:
+    if choices is not None:
         try:
             asked = tuple(sorted({int(word) for word in choices.split(",")}))
         except ValueError:
@@ -81,16 +82,7 @@ def _widths(text: str, choices: str | None) -> tuple[int, ...]:
         for bits in asked:
             parse(text, k=bits, v=bits)
         return asked
-    found, reasons = [], []
-    for bits in CHOICES:
-        try:
-            parse(text, k=bits, v=bits)
-            found.append(bits)
-        except ValueError as error:
-            reasons.append(error)
-    if not found:
-        raise reasons[-1]
-    return tuple(found)
+    return tuple(widths(text, CHOICES))
 
 
 def _table(found):

@@ -1,6 +1,5 @@
 """What the console prints, and where: results on stdout, everything else on stderr."""
 
-import importlib.util
 import json as json_
 import re
 from pathlib import Path
@@ -83,8 +82,10 @@ def check_plot(path: Path | None) -> None:
         raise ValueError(f"a plot is a PNG file, found --plot {path}; give a name that ends in .png")
     if not path.parent.is_dir():
         raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'kvist[plot]'")
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'kvist[plot]'") from None
 
 
 def size(nbytes: float) -> str:

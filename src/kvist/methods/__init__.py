@@ -8,7 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -54,7 +54,8 @@ def defaults(name: str) -> dict[str, Any]:
 def get(name: str, **options) -> Recipe:
     """The recipe of a method. Unknown options and impossible values raise ValueError with the nearest name.
 
-    `k` and `v` may be tuples, bits per layer; `allocation` is an Allocation or the path of its JSON file.
+    `k` and `v` may be tuples, bits per layer; `allocation` is an Allocation, the path of its JSON file, or what that
+    file holds.
     """
     known = defaults(name)
     for option, value in options.items():
@@ -74,11 +75,15 @@ def get(name: str, **options) -> Recipe:
 
 def _table(options: dict, known: dict) -> Allocation | None:
     """The widths per layer that `options` hold, taken out of them; None where one width per side is for all layers."""
-    given = options.pop("allocation", "")
-    if given:
+    given = options.pop("allocation", None)
+    if given not in (None, ""):
         if mixed := sorted({"bits", "k", "v"} & options.keys()):
             raise ValueError(f"give either an allocation or {' and '.join(mixed)}=, not both")
-        return given if isinstance(given, Allocation) else Allocation.load(given)
+        if isinstance(given, str | Path):
+            return Allocation.load(given)
+        if not isinstance(given, Allocation | dict):
+            raise ValueError(f'expected an Allocation, its JSON file or {{"k": [3, 2], "v": [4, 2]}}, found {given!r}')
+        return Allocation.model_validate(given)
     sides = {side: options.get(side) for side in ("k", "v")}
     if "allocation" not in known or not any(isinstance(own, tuple | list) for own in sides.values()):
         return None
@@ -137,6 +142,19 @@ def parse(text: str, **given) -> Recipe:
     if twice := sorted(options.keys() & given.keys()):
         raise ValueError(f"{' and '.join(twice)} of {name} is given twice")
     return get(name, **options, **given)
+
+
+def widths(text: str, choices: Iterable[int]) -> dict[int, Recipe]:
+    """A method with each of these widths that it has, on both sides. Raises ValueError where it has none of them."""
+    found, reason = {}, None
+    for bits in choices:
+        try:
+            found[bits] = parse(text, k=bits, v=bits)
+        except ValueError as error:
+            reason = error
+    if reason and not found:
+        raise reason
+    return found
 
 
 def resolve(method: "str | Recipe | Path", **options) -> Recipe:
