@@ -68,6 +68,10 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "measured: ranking": tables.ranking,
     "measured: profiling": tables.profiling,
     "measured: kvmix-window": tables.kvmix_window,
+    **{
+        f"measured: throughput-{name}": lambda name=name: tables.throughput(name)
+        for name in ("long", "kivi", "kvmix", "logquant")
+    },
     "measured: memory": tables.memory,
     "measured: windows": lambda: tables.demo(tables.WINDOWS),
 }

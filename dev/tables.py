@@ -214,6 +214,43 @@ def kvmix_window() -> str | None:
     return table(head, lines, "l" + "r" * (len(head) - 1))
 
 
+def throughput(name: str) -> str | None:
+    """Whole generations: a row per contender and batch, the largest batches, and what was published."""
+    found = _read((f"runs/throughput-{name}.json",))
+    if found is None:
+        return None
+    columns = {
+        "tokens/s": ("tokens/s", 1, 1),
+        "decode tokens/s": ("decode tokens/s", 1, 1),
+        "first token, s": ("first token s", 1, 2),
+        "cache MiB": ("cache bytes", 2**20, 1),
+        "peak MiB": ("peak bytes", 2**20, 0),
+    }
+    lines = []
+    for row in found["rows"]:
+        if "tokens/s" in row:
+            cells = [f"{row[key] / unit:,.{digits}f}" for key, unit, digits in columns.values()]
+        else:
+            cells = [row.get("not run") or "failed", *[""] * (len(columns) - 1)]
+        lines.append([f"`{row['contender']}`", str(row["batch"]), *cells])
+    settings, parts = found["settings"], []
+    largest = [
+        f"`{each['contender']}` {each['measured']}"
+        + (f" (by the line {each['by the line through the peaks']})" if each["by the line through the peaks"] else "")
+        for each in found["largest"]
+        if each["ended by memory"]
+    ]
+    limit = f"{settings['memory bytes'] / 2**20:,.0f} MiB beside {settings['weights bytes'] / 2**30:.2f} GiB of weights"
+    parts.append(f"{found['title']}; at most {limit}. {_machine(found['machine'])}")
+    parts.append(table(["contender", "batch", *columns], lines, "l" + "r" * (len(columns) + 1)))
+    if largest:
+        parts.append(f"Largest batch that was run before memory ended it: {', '.join(largest)}.")
+    for claim in found.get("published", {}).get("claims", ()):
+        ours = (f"{'not reached' if x is None else f'{x:.2f}x'} (`{who}`)" for who, x in claim["ours"].items())
+        parts.append(f"- Published: {claim['published']}. Here: {', '.join(ours)}.")
+    return "\n\n".join([*parts, *([found["published"]["differs"]] if "published" in found else [])])
+
+
 def memory() -> str | None:
     """Measured bytes of one layer, and what follows for whole models."""
     found = _read(MEMORY)

@@ -141,6 +141,25 @@ def test_exact_generates_what_the_dynamic_cache_generates():
     assert torch.equal(*outs) and outs[0][:, LENGTHS.prompt :].unique().numel() > 2
 
 
+@pytest.mark.parametrize("name", ["dynamic, SDPA", "dynamic, SDPA, one padding slot", "static, SDPA", "kvist exact"])
+def test_chunks_change_nothing_but_the_peak(name):
+    model, each, seen = tiny_llama(), racer(name), []
+    ids = prompts(model, 2, LENGTHS.prompt, seed=3)
+    whole = generation.generate(model, each, each.make(), ids, LENGTHS.new)[0]
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        chunked = generation.generate(model, each, each.make(), ids, LENGTHS.new, chunk=16)[0]
+    finally:
+        hook.remove()
+    assert (
+        torch.equal(whole, chunked) and max(seen) == 16 and sum(seen[: -LENGTHS.new]) <= LENGTHS.prompt + each.padding
+    )
+    short = Lengths(LENGTHS.prompt, LENGTHS.new, chunk=16)
+    assert each.predict(model, 2, short) < each.predict(model, 2, LENGTHS)
+
+
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [("dynamic, SDPA", LENGTHS.total - 1), ("static, SDPA", LENGTHS.total), ("kvist exact", LENGTHS.total)],

@@ -27,10 +27,12 @@ WARM = 8  # tokens of a warm-up, after the first, which generates them all
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the prompt, and tokens generated after it."""
+    """Tokens of the prompt, and tokens generated after it. chunk: tokens of the prompt that go through the model at
+    once; 0: all."""
 
     prompt: int
     new: int
+    chunk: int = 0
 
     @property
     def total(self) -> int:
@@ -63,7 +65,8 @@ class Contender:
 
     def predict(self, model, batch: int, lengths: Lengths) -> int:
         """The most bytes that a run will hold beyond the weights: by arithmetic or the line, the larger, and some."""
-        reckoned = self.cache_bytes(batch) + _activations(model, batch, lengths.prompt + self.padding)
+        slots = lengths.prompt + self.padding
+        reckoned = self.cache_bytes(batch) + _activations(model, batch, min(slots, lengths.chunk or slots))
         line = self.line()
         scratch = SCRATCH if model.device.type == "cpu" else 0
         return scratch + int(reckoned * SAFETY if line is None else max(reckoned, line[0] * batch + line[1]) * MARGIN)
@@ -145,13 +148,13 @@ def measure(model, racer: Contender, batch: int, lengths: Lengths, rounds: int =
         torch.compiler.reset()  # compiled for this batch alone: nothing made general on the way
     ids = prompts(model, batch, lengths.prompt, seed)
     kept: list = [racer.make()]  # a compiled step belongs to one cache object, which must live on
-    generate(model, racer, kept[0], ids, lengths.new if not racer.largest else min(WARM, lengths.new))
+    generate(model, racer, kept[0], ids, lengths.new if not racer.largest else min(WARM, lengths.new), lengths.chunk)
     if not racer.compiled:
         kept.clear()
 
     def once() -> tuple[dict, int]:
         cache = kept[0] if kept else racer.make()
-        _, start, times = generate(model, racer, cache, ids, lengths.new)
+        _, start, times = generate(model, racer, cache, ids, lengths.new, lengths.chunk)
         return speeds(batch, lengths, start, times), cache.report().nbytes if racer.method else held(cache)
 
     for _ in range(rounds):
@@ -172,12 +175,16 @@ def prompts(model, batch: int, tokens: int, seed: int) -> Tensor:
     return ids.to(model.device)
 
 
-def generate(model, racer: Contender, cache, ids: Tensor, new: int) -> tuple[Tensor, float, list[float]]:
-    """Exactly `new` greedy tokens after `ids`: all ids, when it began, and when each token came."""
+def generate(
+    model, racer: Contender, cache, ids: Tensor, new: int, chunk: int = 0
+) -> tuple[Tensor, float, list[float]]:
+    """Exactly `new` greedy tokens after `ids`: all ids, when it began, and when each token came. The prompt is read in
+    chunks, unless `chunk` is 0."""
     ids = torch.nn.functional.pad(ids, (racer.padding, 0))
     mask, clock, own = torch.ones_like(ids), Clock(), model.generation_config
     mask[:, : racer.padding] = 0
-    model.generation_config = GenerationConfig(pad_token_id=0)  # a checkpoint's own would stop at its end of text
+    # a checkpoint's own would stop at its end of text
+    model.generation_config = GenerationConfig(pad_token_id=0, prefill_chunk_size=chunk or None)
     try:
         with attach(model) if racer.method else nullcontext():
             start = time.perf_counter()

@@ -32,26 +32,30 @@ def run(
     out: str | Path | None = None,
     as_json: bool = False,
     plot: str | Path | None = None,
+    chunk: int = 0,
 ) -> dict:
     """Batches of 1, 2, 4 … until `most`, or until a run is predicted to hold more than `limit` bytes beyond the weights
-    (None: 80 % of what is free); printed, drawn, and kept in `out` after every run.
+    (None: 80 % of what is free), prompts read in chunks of `chunk` tokens (0: whole). Printed, drawn, and kept in `out`
+    after every run.
 
     Raises ValueError where no contender can run, or the model has fewer positions. What fails is a row that says so.
     """
-    lengths, free = Lengths(prompt, new), memory.free(model.device)
+    lengths, free = Lengths(prompt, new, chunk), memory.free(model.device)
     _check(model, name, lengths, limit, free)
     limit = int(SHARE * free) if limit is None else limit
-    racers = contenders(model, methods, lengths)
+    racers, dtype = contenders(model, methods, lengths), str(model.dtype).removeprefix("torch.")
+    chunks = f", prompts in chunks of {chunk}" if chunk else ""
     report: dict = {
-        "title": f"{name}: {prompt} + {new} tokens, {str(model.dtype).removeprefix('torch.')}, {model.device.type}",
+        "title": f"{name}: {prompt} + {new} tokens{chunks}, {dtype}, {model.device.type}",
         "machine": machine(),
         "settings": {
             "model": name,
             "layers": model.config.get_text_config(decoder=True).num_hidden_layers,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype,
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
             "prompt tokens": prompt,
             "new tokens": new,
+            "prefill chunk": chunk,
             "rounds": rounds,
             "seed": seed,
             "memory bytes": limit,

@@ -78,6 +78,7 @@ def throughput(
         str | None, typer.Option(help="What a run may take beside the weights: 4GiB.  [default: 80 % of what is free]")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="The largest batch; without, memory ends it.")] = None,
+    chunk: Annotated[int, typer.Option(min=0, help="Read prompts in chunks of so many tokens; 0: whole.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each batch, after a warm-up.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as saved; random: bfloat16), float32, float16, bfloat16.")] = "auto",
@@ -136,6 +137,7 @@ def throughput(
         out=out,
         as_json=json,
         plot=plot,
+        chunk=chunk,
     )
 
 
