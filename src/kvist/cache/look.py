@@ -12,7 +12,8 @@ from kvist.kernels.attend import Partial, attend
 from kvist.kernels.choose import exact_attention
 from kvist.types import HOLD
 
-QUERIES = 512  # query rows that are scored at a time
+QUERIES = 512  # query rows that are scored at a time, at most
+SCORES = 1 << 22  # scores at a time, whatever the batch and the heads: some copies of them are made
 FAST_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -73,8 +74,9 @@ def attend_tiled(q: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, look: 
             return fast(q, keys, values, visible, look.scale, look.softcap)
     values = values.masked_fill((tokens < 0)[:, None, :, None], 0)
     parts = []
-    for first in range(0, q.shape[2], QUERIES):
-        last = min(first + QUERIES, q.shape[2])
+    step = max(HOLD, min(QUERIES, SCORES // (q.shape[0] * q.shape[1] * max(1, keys.shape[2]))))
+    for first in range(0, q.shape[2], step):
+        last = min(first + step, q.shape[2])
         visible, bias = look.at(tokens, shift + first, shift + last)
         parts.append(attend(q[:, :, first:last], keys, values, look.scale, visible, bias, look.softcap))
     if len(parts) == 1:
