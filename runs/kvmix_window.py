@@ -50,6 +50,7 @@ def draw(curves: list[dict], path: Path) -> None:
         axes.plot(range(STEPS + 1), row["exact tokens"], style, label=words)
     axes.set_yscale("log")
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(0, STEPS)
     axes.set_xlabel(f"tokens written after a prompt of {PROMPT:,}")
     axes.set_ylabel("exact tokens of the keys")
     axes.spines[["top", "right"]].set_visible(False)
