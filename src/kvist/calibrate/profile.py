@@ -1,8 +1,8 @@
 """What layers are worth: a profile of a model, as JSON, with its scores prompt by prompt.
 
 Two scores. `gradient-norm` (KVmix section 3.2): the norm of the loss's gradient for the weights that make keys or
-values; it ranks layers. `loss-change`: by how much the loss is expected to rise when a side of a layer is coded at a width,
-in nats per token; it can be added up, so that it says what a bit buys.
+values; it ranks layers. `loss-change`: by how much the loss is expected to rise when a side of a layer is coded at a
+width, in nats per token; it can be added up, so that it says what a bit buys.
 """
 
 import json
