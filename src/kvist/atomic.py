@@ -29,6 +29,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, data) -> None:
     """JSON to read and edit by hand: indented, a list of numbers on one line."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[([-+.\deE,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
     with replacing(path) as scratch:
         scratch.write_text(text + "\n")

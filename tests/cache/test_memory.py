@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import kvist
+from kvist.cache import look
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
 
@@ -97,6 +98,19 @@ def test_prefill_chunk_does_not_grow_with_the_past(text):
         found.append(peak(chunk))
     tables = cache.report().allocated["tables"]  # stored, and made anew at every update
     assert found[1] <= found[0] + tables, f"{found} bytes after 8K and 64K tokens"
+
+
+def test_scores_of_a_chunk_are_made_a_few_queries_at_a_time(monkeypatch):
+    """The same attention to the last digits of fp32, whatever is scored at a time; and less held meanwhile."""
+    cache, query = filled("kivi:2", 1024), torch.randn(1, QUERIES, 512, DIM)
+    cache.announce(1, 512, None)
+    handle, _ = cache.update(*pair(512), 0)
+    outs, found = [], []
+    for scores in (1 << 40, 1):
+        monkeypatch.setattr(look, "SCORES", scores)
+        outs.append(handle.source.attend(query, DIM**-0.5))
+        found.append(peak(lambda: handle.source.attend(query, DIM**-0.5)))
+    assert torch.allclose(*outs, atol=1e-5) and found[1] < found[0] / 2, found
 
 
 @pytest.mark.parametrize("text", CASES)

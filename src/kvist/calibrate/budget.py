@@ -12,7 +12,7 @@ import torch
 from kvist import methods
 from kvist.allocation import Allocation, rules
 from kvist.allocation.solve import Choice, Impossible, exact, greedy
-from kvist.calibrate.profile import Changes, Profile
+from kvist.calibrate.profile import SIDES, Changes, Profile
 from kvist.coding import Codec
 from kvist.plan import Recipe
 from kvist.types import Geometry, ModelIdentity
@@ -67,15 +67,15 @@ def ranked(
     method: str = "kvmix",
     reference: bool = False,
 ) -> Allocation:
-    """The layers that score highest get the high widths (KVmix section 3.3): by gradient norms, or by what the loss
-    gains when a side goes from its low to its high width. reference: as many as the published code takes."""
+    """The layers that score highest get the high widths (KVmix section 3.3): by gradient norms, or by how much
+    the loss falls when a side goes from its low to its high width. reference: as many as the published code takes."""
     if score not in ("gradient-norm", "loss-change"):
         raise ValueError(f"a score is gradient-norm or loss-change, found {score!r}")
     if score == "gradient-norm":
-        scores = [profile.norms(side) for side in ("k", "v")]
+        scores = [profile.norms(side) for side in SIDES]
     else:
         changes = changes_of(profile, method)
-        scores = [changes.at(side, low[i]) - changes.at(side, high[i]) for i, side in enumerate(("k", "v"))]
+        scores = [changes.at(side, low[i]) - changes.at(side, high[i]) for i, side in enumerate(SIDES)]
     keys, values = (score.tolist() for score in scores)
     made = rules.reference(keys, values, high, low) if reference else rules.top(keys, values, share, high, low)
     note = f"{made.note}: {score}, {profile.origin.samples} prompts"
@@ -108,7 +108,7 @@ def solved(
     recipes = {(k, v): methods.parse(method, k=k, v=v) for k in widths for v in widths}
     page = max(recipe.page for recipe in recipes.values())
     shape, layers = geometry(profile.model), profile.model.layers
-    losses = {side: {bits: changes.at(side, bits) for bits in widths} for side in ("k", "v")}
+    losses = {side: {bits: changes.at(side, bits) for bits in widths} for side in SIDES}
     options: list[list[Choice]] = []
     bills: dict = {}
     for i in range(layers):

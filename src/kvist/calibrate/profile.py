@@ -46,7 +46,7 @@ class Changes(Part):
 
 
 class Profile(Part):
-    """Scores of every served layer of a model. dtype: the one its weights are saved in; origin: the prompts."""
+    """Scores of every served layer of a model. dtype: the one it was profiled in; origin: the prompts."""
 
     format: Literal[1] = FORMAT
     model: ModelIdentity

@@ -71,7 +71,7 @@ def profile(
         raise
     made = Profile(
         model=facts.identity,
-        dtype=str(getattr(model.config, "dtype", None) or model.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         origin=origin(source, digest, seed, prompts),
         gradient_norm=found.norms(),
         loss_change=tuple(found.changes(name, tuple(widths)) for name, widths in methods.items()),

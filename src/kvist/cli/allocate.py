@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, check_plot, console, dump, parse_count, parse_size, put, size, table
+from kvist.cli.show import Json, check_plot, console, dump, parse_choices, parse_count, parse_size, put, size, table
 
 
 def allocate(
@@ -67,7 +67,7 @@ def allocate(
     if bound:
         limit = _limit(found, budget, cache_memory, length, batch)
         try:
-            made = bytes_.solved(found, method, limit, length, batch, _numbers(choices), solver or "exact")
+            made = bytes_.solved(found, method, limit, length, batch, parse_choices(choices), solver or "exact")
         except bytes_.Impossible as error:
             tried = bytes_.changes_of(found, method).choices
             narrower = "" if choices or 1 not in tried else f", or allow 1 bit by --choices {','.join(map(str, tried))}"
@@ -122,13 +122,6 @@ def _impossible(found, budget: float | None, cache_memory: str | None, least: in
         return f"--cache-memory {cache_memory} holds no cache of {where}: the least is {nearest}MiB; give that or more"
     nearest = ceil(800 * least / elements(found.model, length, batch)) / 100
     return f"--budget {budget} is impossible: at {where} the least is {nearest} stored bits; give that or more"
-
-
-def _numbers(choices: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if choices is None else tuple(sorted({int(word) for word in choices.split(",")}))
-    except ValueError:
-        raise ValueError(f"--choices is a list of widths such as 2,3,4, found {choices!r}") from None
 
 
 def _table(found, made, method: str):

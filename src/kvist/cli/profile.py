@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Bars, Json, check_plot, console, dump, put, table
+from kvist.cli.show import Bars, Json, check_plot, console, dump, parse_choices, put, table
 
 CHOICES = (1, 2, 3, 4, 8)
 
@@ -74,15 +74,12 @@ def _widths(text: str, choices: str | None) -> tuple[int, ...]:
     """The widths that a method has, or those asked for."""
     from kvist.methods import parse, widths
 
-    if choices is not None:
-        try:
-            asked = tuple(sorted({int(word) for word in choices.split(",")}))
-        except ValueError:
-            raise ValueError(f"--choices is a list of widths such as 2,3,4, found {choices!r}") from None
-        for bits in asked:
-            parse(text, k=bits, v=bits)
-        return asked
-    return tuple(widths(text, CHOICES))
+    asked = parse_choices(choices)
+    if asked is None:
+        return tuple(widths(text, CHOICES))
+    for bits in asked:
+        parse(text, k=bits, v=bits)
+    return asked
 
 
 def _table(found):

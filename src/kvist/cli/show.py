@@ -116,3 +116,11 @@ def parse_count(text: str) -> int:
     if not count:
         raise ValueError(f"expected a number of tokens such as '4096' or '128K', found {text!r}")
     return count
+
+
+def parse_choices(text: str | None) -> tuple[int, ...] | None:
+    """Widths from --choices '2,3,4', ascending; None stays."""
+    try:
+        return None if text is None else tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"--choices is a list of widths such as 2,3,4, found {text!r}") from None
