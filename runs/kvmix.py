@@ -21,8 +21,11 @@ from kvist.calibrate import budget, text
 from kvist.calibrate.profile import SIDES, Profile, spearman
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import load
-from kvist.evaluate.collect import Text, collect
-from kvist.evaluate.results import Results, Row, recipe_digest, summary
+from kvist.evaluate.contenders import Contender
+from kvist.evaluate.fidelity import Perplexity, Text
+from kvist.evaluate.results import Cell, Results, digest_of
+from kvist.evaluate.summary import summary
+from kvist.evaluate.task import Place, run
 from kvist.methods import get, parse
 from kvist.models.inject import inject
 from kvist.models.projections import projections
@@ -152,17 +155,20 @@ def measure(variant: str, data_dir: str) -> None:
         step = len(every) // WINDOWS[source]  # rows know windows by number: another step is another text
         chosen = Text(every[::step][: WINDOWS[source]], source, f"{text.digest(documents)}/{step}")
         print(f"{variant}: {source}", flush=True)
-        collect(model, chosen, stored, "stored", results)
-        collect(model, chosen._replace(windows=chosen.windows[:ALONE]), alone, "simulated", results)
+        for recipes_, mode, count in ((stored, "stored", None), (alone, "simulated", ALONE)):
+            contenders = [Contender(name, made) for name, made in recipes_.items()]
+            task = Perplexity(Text(chosen.windows[:count], chosen.source, chosen.digest), mode)
+            run(task, Place.of(model, variant), contenders, results)
     (OUT / variant / "complete").touch()
 
 
-def _rows(variant: str, named: dict[str, Recipe], mode: str, source: str) -> dict[str, list[Row]]:
-    names = {recipe_digest(recipe): [] for recipe in named.values()}
-    for row in Results(OUT / f"{variant}.jsonl").rows.values():
-        if row.mode == mode and row.source == source and row.recipe in names:
-            names[row.recipe].append(row)
-    return {name: names[recipe_digest(recipe)] for name, recipe in named.items()}
+def _cells(variant: str, named: dict[str, Recipe], mode: str, source: str) -> dict[str, Cell]:
+    """By the names that recipes have now."""
+    found = {}
+    for cell in Results(OUT / f"{variant}.jsonl").cells():
+        if (cell.first.settings["mode"], cell.first.settings["source"]) == (mode, source):
+            found[cell.first.digest] = cell.rows
+    return {name: Cell(found[digest_of(recipe)], name) for name, recipe in named.items()}
 
 
 def table() -> None:
@@ -177,29 +183,29 @@ def table() -> None:
         stored, alone = recipes(found)
         groups = allocations(found)
         for source in WINDOWS:
-            measured = _rows(variant, stored, "stored", source)
+            measured = _cells(variant, stored, "stored", source)
             for group in dict.fromkeys(group for group, _ in groups.values()):
                 own = [name for name, (of, _) in groups.items() if of == group]
                 if group == "top 20%":
                     own += [name for name in stored if name.startswith("kvmix")]
-                for line in summary({name: measured[name] for name in own}, own[0], SEED):
+                for line in summary([measured[name] for name in own], own[0], SEED):
                     made = groups[line["method"]][1] if line["method"] in groups else None
                     widths = {} if made is None else {"k": made.k, "v": made.v}
                     rows.append({"variant": variant, "text": source, "group": group} | line | widths)
-            ranking += _ranking(variant, source, found, _rows(variant, alone, "simulated", source))
+            ranking += _ranking(variant, source, found, _cells(variant, alone, "simulated", source))
     head = {"prompts": PROMPTS, "tokens": LENGTH, "seqlen": SEQLEN, "windows per text": WINDOWS, "seed": SEED}
     head |= {"method": METHOD, "cost": cost, "ranking": ranking}
     with replacing(HERE / "kvmix.json") as scratch:
         scratch.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
-def _ranking(variant: str, source: str, found: Profile, measured: dict[str, list[Row]]) -> list[dict]:
+def _ranking(variant: str, source: str, found: Profile, measured: dict[str, Cell]) -> list[dict]:
     """Spearman's correlation, over layers, of each score with the KL measured when that side alone is coded."""
     lines, changes = [], budget.changes_of(found, METHOD)
     for width in ALONE_BITS:
         for side in SIDES:
-            kls = [measured[f"{side}{width} of layer {i}"] for i in range(found.model.layers)]
-            kl = torch.tensor([sum(row.kl for row in some) / len(some) for some in kls]).numpy()
+            kls = [measured[f"{side}{width} of layer {i}"].values["kl"] for i in range(found.model.layers)]
+            kl = torch.tensor([sum(some) / len(some) for some in kls]).numpy()
             line = {"variant": variant, "text": source, "side": side, "bits": width, "kl": kl.tolist()}
             line["gradient-norm"] = spearman(found.norms(side), kl)
             line["loss-change"] = spearman(changes.at(side, width), kl)

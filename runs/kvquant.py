@@ -19,8 +19,11 @@ from kvist.calibrate.run import Observed, observe, origin
 from kvist.calibrate.state import State
 from kvist.coding import Table
 from kvist.demo.model import load
-from kvist.evaluate.collect import Text, collect
-from kvist.evaluate.results import Results, Row, recipe_digest, summary
+from kvist.evaluate.contenders import Contender
+from kvist.evaluate.fidelity import Perplexity, Text
+from kvist.evaluate.results import Cell, Results, digest_of
+from kvist.evaluate.summary import summary
+from kvist.evaluate.task import Place, run
 from kvist.methods import parse
 from kvist.methods.kvquant import recipe
 from kvist.models.inject import inject
@@ -133,7 +136,8 @@ def measure(variant: str, data_dir: str) -> None:
         chosen = Text(every[::step][:WINDOWS], source, f"{text.digest(documents)}/{step}")
         for mode, recipes in (("simulated", simulated), ("stored", stored)):
             print(f"{variant}: {source}, {mode}", flush=True)
-            collect(model, chosen, recipes, mode, results)
+            contenders = [Contender(name, made) for name, made in recipes.items()]
+            run(Perplexity(chosen, mode), Place.of(model, variant), contenders, results)
     with replacing(OUT / f"{variant}-facts.json") as scratch:
         scratch.write_text(json.dumps({name: _facts(made) for name, made in (simulated | stored).items()}))
 
@@ -143,7 +147,7 @@ def _facts(made: Recipe) -> dict:
     heads of 128 at 32,768."""
     small = made.bits_per_element(SMALL, 6, SEQLEN)
     large = made.model_copy(update={"layers": made.layers[:1]}).bits_per_element(LARGE, 1, 32768)
-    return {"recipe": recipe_digest(made), "bits": small, "bits_large": large}
+    return {"recipe": digest_of(made), "bits": small, "bits_large": large}
 
 
 def table() -> None:
@@ -153,21 +157,25 @@ def table() -> None:
         if not (OUT / f"{variant}-facts.json").exists():
             continue
         facts = json.loads((OUT / f"{variant}-facts.json").read_text())
-        every = Results(OUT / f"{variant}.jsonl").rows.values()
         names = {fact["recipe"]: name for name, fact in facts.items()}  # whatever a recipe was called when measured
-        kept = [row for row in every if row.recipe in names]
-        for source, mode in sorted({(row.source, row.mode) for row in kept}):
-            named: dict[str, list[Row]] = {}
-            for row in kept:
-                wanted = mode == "simulated" or names[row.recipe] in ("exact", *STORED, *RECENT, *OTHERS)
-                if (row.source, row.mode) == (source, mode) and wanted:
-                    named.setdefault(names[row.recipe], []).append(row)
-            ordered = {name: named[name] for name in ("exact", *ROWS, *RECENT, *OTHERS) if name in named}
+        kept = [cell for cell in Results(OUT / f"{variant}.jsonl").cells() if cell.first.digest in names]
+        for source, mode in sorted({_text_of(cell) for cell in kept}):
+            named: dict[str, Cell] = {}
+            for cell in kept:
+                name = names[cell.first.digest]
+                wanted = mode == "simulated" or name in ("exact", *STORED, *RECENT, *OTHERS)
+                if _text_of(cell) == (source, mode) and wanted:
+                    named[name] = Cell(cell.rows, name)
+            ordered = [named[name] for name in ("exact", *ROWS, *RECENT, *OTHERS) if name in named]
             for line in summary(ordered, "nuq3-1%", SEED):
-                rows.append({"variant": variant, "text": source} | line | facts[line["method"]])
+                rows.append({"variant": variant, "text": source, "mode": mode} | line | facts[line["method"]])
     head = {"samples": SAMPLES, "seqlen": SEQLEN, "windows per text": WINDOWS, "seed": SEED, "paired with": "nuq3-1%"}
     with replacing(HERE / "kvquant.json") as scratch:
         scratch.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+
+
+def _text_of(cell: Cell) -> tuple[str, str]:
+    return cell.first.settings["source"], cell.first.settings["mode"]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvist.attention.function import packed_attention
 from kvist.bench.stand_in import stand_in
 from kvist.cache.layer import Layer
+from kvist.cache.report import held
 from kvist.cache.rows import Rows
 from kvist.methods import parse
 
@@ -94,30 +95,3 @@ def ours(method: str) -> Contender:
         return measure(method, layers).nbytes
 
     return Contender(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), room)
-
-
-def held(cache) -> int:
-    """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
-    seen: dict[int, int] = {}
-
-    def visit(x) -> None:
-        if isinstance(x, Tensor):
-            inner = [
-                getattr(x, name) for name in ("_data", "_scale", "_shift") if isinstance(getattr(x, name, None), Tensor)
-            ]
-            if inner:
-                for part in inner:
-                    visit(part)
-            else:
-                storage = x.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(x, dict):
-            for value in x.values():
-                visit(value)
-        elif isinstance(x, list | tuple):
-            for value in x:
-                visit(value)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(seen.values())

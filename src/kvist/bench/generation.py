@@ -15,8 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvist.attention import attach
 from kvist.bench import memory
-from kvist.bench.contenders import held
 from kvist.cache.cache import Cache
+from kvist.cache.report import held
 from kvist.models.adapter import describe
 from kvist.plan import Recipe
 

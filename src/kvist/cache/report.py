@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from kvist.cache.layer import Layer
 from kvist.cache.track import Track
 
@@ -127,3 +129,30 @@ def _size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     raise AssertionError
+
+
+def held(cache) -> int:
+    """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
+    seen: dict[int, int] = {}
+
+    def visit(x) -> None:
+        if isinstance(x, Tensor):
+            inner = [
+                getattr(x, name) for name in ("_data", "_scale", "_shift") if isinstance(getattr(x, name, None), Tensor)
+            ]
+            if inner:
+                for part in inner:
+                    visit(part)
+            else:
+                storage = x.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(x, dict):
+            for value in x.values():
+                visit(value)
+        elif isinstance(x, list | tuple):
+            for value in x:
+                visit(value)
+
+    for layer in cache.layers:
+        visit(vars(layer))
+    return sum(seen.values())

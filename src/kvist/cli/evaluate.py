@@ -1,101 +1,228 @@
-"""`kvist eval`: how good a method is on text."""
+"""`kvist eval`: how good methods are, measured the same way, with what they store."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Bars, Json, dump, put, table
+from kvist.cli.show import Bars, Json, check_plot, dump, parse_count, put, table
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure quality: perplexity and divergence.")
-
-
-@app.callback()
-def evaluate() -> None:
-    """Measure quality: perplexity and divergence."""
+FILE = "results.jsonl"
+BUNDLED = "bundled"
+STRESS = ("none", "mild", "strong")
 
 
-@app.command()
-def ppl(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="A model's folder, its name on the Hugging Face Hub, or 'bundled'.")
+    ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="A method, or a recipe's JSON file; repeatable.  [default: kivi:2]"),
+        typer.Option(
+            "--method",
+            "-m",
+            help="A method, a recipe's JSON file, or quanto:BITS, hqq:BITS (transformers' QuantizedCache); repeatable. "
+            "[default: kivi:2]",
+        ),
     ] = None,
-    mode: Annotated[
-        str,
-        typer.Option(help="simulated: all tokens quantized in one pass, as published; stored: what a cache holds."),
-    ] = "stored",
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="Names with commas between; --list-tasks lists them.")
+    ] = "fidelity",
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks and leave.")] = False,
     data: Annotated[str, typer.Option(help="A text file (also .xz), or wikitext2 or c4.")] = "wikitext2",
     data_dir: Annotated[
-        Path | None, typer.Option(help="The folder where --data's name is looked up, instead of the hub.")
+        Path | None, typer.Option(help="The folder where names of data are looked up, instead of the hub.")
     ] = None,
     split: Annotated[str, typer.Option(help="test, valid or train: which of a name's texts.")] = "test",
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    windows: Annotated[int, typer.Option("--windows", "-n", min=0, help="The first N windows; 0: all.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Windows that go through the model together.")] = 1,
+    mode: Annotated[
+        str,
+        typer.Option(help="stored: what a living cache holds; simulated: all tokens in one pass, as published."),
+    ] = "stored",
+    windows: Annotated[int, typer.Option("--windows", "-n", min=0, help="The first N windows; 0: all.")] = 16,
+    seqlen: Annotated[
+        str | None, typer.Option(help="Tokens per window.  [default: 2048, horizon 1500, or the model's most]")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of a window that are read exactly before others are scored.")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens per update while decoding; 1 is true decoding.  [default: 32; ppl: whole]"),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Of contexts, 1K,2K; for ppl, windows of which the last 256 tokens are scored.")
+    ] = None,
+    depths: Annotated[int, typer.Option(min=1, help="How many depths of a planted fact.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")] = None,
+    parts: Annotated[
+        str, typer.Option(help="both, keys, values: which sides are coded; several with commas.")
+    ] = "both",
+    stress: Annotated[str, typer.Option(help="Outliers planted in the model first: none, mild or strong.")] = "none",
+    prefill: Annotated[
+        str, typer.Option(help="Of questions' contexts: exact, as published; stored, read from what is stored.")
+    ] = "exact",
+    chunk: Annotated[int, typer.Option(min=1, help="A longer prompt is read in chunks of so many tokens.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Items that go through the model together.")] = 8,
+    floor: Annotated[
+        bool, typer.Option(help="Measure the noise floor beside fidelity: other precision, batch 1.")
+    ] = True,
+    chat: Annotated[bool, typer.Option("--chat", help="Questions go through the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the intervals' draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of questions, planted outliers and intervals.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A file of JSON lines, one per method and window; gone on from.")
+        Path | None, typer.Option("--out", "-o", help=f"A folder; rows go to {FILE} in it, and a later run goes on.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG file for maps of right answers, length by depth.")] = None,
+    rescore: Annotated[
+        Path | None, typer.Option(help="Score the stored predictions of this folder again, and leave.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Perplexity and KL divergence from the exact cache, on windows of text, with 95 % bootstrap intervals.
+    """Measure quality: divergence, perplexity, drift while decoding, recall, GSM8K, LongBench, lm-eval's tasks.
 
-    Differences are to the first method, over the same windows. Examples: kvist eval ppl ./my-model -m kivi:2 -m int4
-    --data book.txt; kvist eval ppl ./my-model -m 'kvquant artifact=DIR' --mode simulated --windows 32 --out ppl.jsonl
+    Every number has a 95 % bootstrap interval; differences are to the first method, over the same items. `kvist report`
+    draws what --out holds. Examples: kvist eval bundled -m kivi:2 -m int4 --tasks fidelity,needle --data book.txt;
+    kvist eval ./my-model -m 'kvquant artifact=DIR' -t ppl --lengths 8K,32K --out results
     """
-    from kvist.methods import parse
+    if list_tasks or rescore:
+        return _tasks() if list_tasks else _rescore(rescore, json)
+    if model is None:
+        raise ValueError("expected a model's folder, its name on the Hugging Face Hub, or 'bundled', found none")
+    if stress not in STRESS:
+        raise ValueError(f"--stress is {', '.join(STRESS)}, found {stress!r}")
+    check_plot(plot)
 
-    if mode not in ("simulated", "stored"):
-        raise ValueError(f"--mode is 'simulated' or 'stored', found {mode!r}")
-    methods = list(dict.fromkeys(method or ["kivi:2"]))
-    recipes = {text: parse(text) for text in dict.fromkeys(["exact", *methods])}
+    from kvist.evaluate.contenders import contender, parted
+    from kvist.evaluate.summary import summary
 
-    from kvist.calibrate import text
-    from kvist.evaluate.results import Results, summary
+    named = list(dict.fromkeys(["exact", *(method or ["kivi:2"])]))
+    contenders = parted([contender(text, _recipes(model)) for text in named], parts.split(","))
+    results, names = _results(out), [name.strip() for name in tasks.split(",")]
 
-    results, documents = Results(out), text.texts(data, data_dir, split)
+    from kvist.evaluate import suite
+    from kvist.evaluate.maps import draw
+    from kvist.evaluate.task import Place, run, spread
 
-    from kvist.cli.models import load
-    from kvist.evaluate import collect
-
-    loaded, tokenizer = load(model, device, dtype)
-    longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest and seqlen > longest:
-        raise ValueError(f"{model} knows {longest} positions, found --seqlen {seqlen}; give {longest} or less")
-    ids = text.windows(tokenizer, documents, seqlen, windows or None)
-    if len(ids) < windows:
-        raise ValueError(f"{data} has {len(ids)} windows of {seqlen} tokens, found --windows {windows}; give 0 for all")
-    about = {"source": data, "data": text.digest(documents), "seqlen": seqlen, "mode": mode}
-    chosen = collect.Text(ids, data, about["data"])
+    options = suite.Options(
+        data=data,
+        data_dir=data_dir,
+        split=split,
+        mode=mode,  # pyright: ignore[reportArgumentType]
+        windows=windows,
+        seqlen=parse_count(seqlen) if seqlen else 0,
+        prompt=prompt,
+        step=step,
+        lengths=tuple(map(parse_count, lengths.split(","))) if lengths else (),
+        depths=depths,
+        samples=samples,
+        prefill=prefill,  # pyright: ignore[reportArgumentType]
+        chunk=chunk,
+        batch=batch,
+        chat=chat,
+        seed=seed,
+    )
+    documents = suite.documents(names, options)
+    loaded, tokenizer = _loaded(model, device, dtype, stress, seed)
+    wanted = suite.tasks(names, options, documents, loaded, tokenizer)
+    place, found = Place.of(loaded, stress), []
     with Bars() as bars:
-        tick = partial(bars.show, "windows × methods")
-        kept = collect.collect(loaded, chosen, recipes, mode, results, batch, tick)
-    found = summary(kept, methods[0], seed)
+        for task in wanted:
+            some = contenders + (suite.floors(task, loaded) if floor else [])
+            cells = run(task, place, some, results, spread(task, limit), bars.show)
+            found.append((task, cells))
+    if plot:
+        draw([(task.name, cells) for task, cells in found], plot)
+    first = named[min(1, len(named) - 1)]
+    told = [
+        {"task": task.name, "settings": task.settings, "results": summary(cells, first, seed)} for task, cells in found
+    ]
     if json:
-        return dump({"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), **about, "results": found})
-    put(_table(found, model, data, about, methods[0]))
+        return dump({"model": model, "measured": place.name, "stress": stress, "first": first, "tasks": told})
+    for one in told:
+        put(_table(one, model, stress, first))
     return None
 
 
-def _table(found: list[dict], model: str, data: str, about: dict, first: str):
-    bits = "that a packed token takes" if about["mode"] == "simulated" else "allocated by the cache"
+def _tasks() -> None:
+    from kvist.evaluate.suite import TASKS
+
+    for name, words in TASKS.items():
+        print(f"{name:<20}{words}")
+
+
+def _rescore(folder: Path, json: bool) -> None:
+    """Scores of stored predictions by the present rules, in place."""
+    from kvist.evaluate.rescoring import rescore
+
+    changed = rescore(folder / FILE)
+    if json:
+        return dump(changed)
+    print(f"{changed['rows']} rows with predictions, {changed['changed']} of {changed['items']} scores changed")
+    return None
+
+
+def _recipes(model: str):
+    """What makes recipes of texts: for the bundled model, its own artefacts do for kvquant."""
+    from kvist.demo.model import recipe
+    from kvist.methods import parse
+
+    return recipe if model == BUNDLED else parse
+
+
+def _results(out: Path | None):
+    from kvist.evaluate.results import Results
+
+    if out is None:
+        return Results()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is a folder, found a file at {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"expected a folder to make {out.name} in, found none at {out.parent}")
+    out.mkdir(exist_ok=True)
+    return Results(out / FILE)
+
+
+def _loaded(model: str, device: str, dtype: str, stress: str, seed: int):
+    """The model and its tokenizer; outliers are planted in fp32 and rounded afterwards."""
+    from kvist.cli.models import load, precision, read_config
+    from kvist.demo.model import FOLDER
+
+    name = str(FOLDER) if model == BUNDLED else model
+    if stress == "none":
+        return load(name, device, dtype)
+    from kvist.models.inject import inject
+
+    kind = precision(dtype)
+    kind = (read_config(name).dtype or precision("float32")) if kind == "auto" else kind
+    loaded, tokenizer = load(name, device, "float32")
+    return inject(loaded, stress, seed).to(kind), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _table(one: dict, model: str, stress: str, first: str):
+    """A row per contender, a column per statistic: the first, and differences, with their intervals."""
+    rows, settings = one["results"], one["settings"]
+    columns = [name for name in rows[0] if isinstance(rows[0][name], dict | float) and name != "bits"]
+    planted = "" if stress == "none" else f", {stress} outliers planted"
+    about = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, [], ""))
     made = table(
-        f"{model} on {data}, {found[0]['windows']} × {about['seqlen']} tokens, {about['mode']}",
-        *("method", "bits", "perplexity [95 %]", "KL, nats [95 %]", "same first choice", "log-ppl − first's [95 %]"),
-        caption=f"bits: per element, {bits}; intervals: bootstrap over windows; differences: paired, to {first}.",
+        f"{one['task']}: {model}{planted}, {rows[0]['items']} items",
+        *("method", "bits", *(name.replace("_", " ") for name in columns)),
+        caption=f"{about}. [95 %]: bootstrap over items, of all numbers in --json; differences: paired, to {first}; "
+        "bits: allocated per cached number.",
     )
-    for row in found:
-        ppl, kl, change = (_said(row[name]) for name in ("perplexity", "kl", "log_perplexity_difference"))
-        made.add_row(row["method"], f"{row['bits']:.2f}", ppl, kl, f"{row['agreement']:.1%}", change)
+    for row in rows:
+        name = row["method"] if row["part"] == "both" else f"{row['method']}, {row['part']} only"
+        cells = [_said(row.get(column), i == 0 or "difference" in column) for i, column in enumerate(columns)]
+        made.add_row(name, f"{row['bits']:.2f}", *cells)
     return made
 
 
-def _said(estimate: dict) -> str:
+def _said(value, interval: bool) -> str:
     from kvist.evaluate.statistics import Estimate
 
-    return str(Estimate(**estimate))
+    if isinstance(value, dict) and interval:
+        return str(Estimate(**value))
+    value = value["value"] if isinstance(value, dict) else value
+    return "" if value is None else f"{value:.3g}"

@@ -51,7 +51,7 @@ def put(made) -> None:
     from rich.console import Console
 
     out = Console(highlight=False, markup=False)
-    Console(highlight=False, markup=False, width=None if out.is_terminal else 140).print(made)
+    Console(highlight=False, markup=False, width=None if out.is_terminal else 160).print(made)
 
 
 class Bars:

@@ -1,66 +1,133 @@
-"""Scores as lines of JSON that a later run goes on from, and what they come to per method."""
+"""What was measured, as lines of JSON that a later run goes on from.
+
+A row is one contender on some items of one task. It carries all that decides its numbers; rows that agree in that are
+parts of one cell, whatever run they come from.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
-from kvist.evaluate.perplexity import Mode
-from kvist.evaluate.statistics import Estimate, difference, mean, perplexity
 from kvist.plan import Recipe
 from kvist.types import Part
 
-KEY = ("model", "dtype", "recipe", "mode", "data", "seqlen", "window")
-Key = tuple[str | int, ...]
+IDENTITY = ("task", "metric", "settings", "model", "dtype", "stress", "digest", "part")
 
 
 class Row(Part):
-    """One method on one window. model: its name and a fingerprint of its weights; recipe and data: hashes; nll: nats,
-    summed over `tokens`; kl and agreement: means over them; bits: per element; seconds: of the forward pass."""
+    """One contender on some items of one task.
 
+    task, metric: its name, and the version of what it measures. settings: what decides the items and how they are
+    measured (data's hash, lengths, seeds, mode). model: its name and a fingerprint of its weights; stress: outliers
+    planted in it, or "none". method: what the contender was called; recipe: its JSON, fitted tables by their hash;
+    digest: a hash of all of it; part: "both", or the one side that is coded. bits: allocated bits per cached number,
+    mean over the items, measured from the storage. items: their numbers; values: per name a value per item. seconds:
+    of the forward passes, over all items.
+    """
+
+    task: str
+    metric: int
+    settings: dict[str, Any]
     model: str
     dtype: str
+    device: str
+    stress: str
     method: str
-    recipe: str
-    mode: Mode
-    source: str
-    data: str
-    seqlen: int
-    window: int
-    tokens: int
-    nll: float
-    kl: float
-    agreement: float
+    recipe: dict[str, Any]
+    digest: str
+    part: str
     bits: float
+    items: tuple[int, ...]
+    values: dict[str, list]
     seconds: float
     versions: dict[str, str] = {}
 
+    @model_validator(mode="after")
+    def _one_each(self) -> "Row":
+        for name, values in self.values.items():
+            if len(values) != len(self.items):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.items)} items")
+        return self
+
     @property
-    def key(self) -> Key:
-        """What was measured, whatever it was called: rows of equal keys are the same measurement."""
-        return self.key_of(self.__dict__)
+    def cell(self) -> str:
+        """What was measured, as text: rows of equal cells are parts of the same measurement."""
+        return cell_of(self.__dict__)
 
-    @staticmethod
-    def key_of(facts: Mapping) -> Key:
-        return tuple(facts[name] for name in KEY)
+    @property
+    def line(self) -> str:
+        """As a line of a file."""
+        return json.dumps(self.model_dump(), ensure_ascii=False) + "\n"
 
 
-def recipe_digest(recipe: Recipe) -> str:
-    """A hash of a recipe's JSON, fitted tables included. `prefill` does not count: the mode says what it is."""
+class Cell:
+    """All that is known of one contender on one task: rows of equal identity, their items in order. `method`: what it
+    is called, by its first row if not otherwise; `bits`: mean over the items."""
+
+    def __init__(self, rows: Sequence[Row], method: str | None = None):
+        self.rows, self.first = list(rows), rows[0]
+        self.method = method or self.first.method
+        at: dict[int, tuple[Row, int]] = {}
+        for row in rows:
+            for i, item in enumerate(row.items):
+                at.setdefault(item, (row, i))
+        self.items = sorted(at)
+        names = self.first.values
+        self.values = {name: [at[item][0].values[name][at[item][1]] for item in self.items] for name in names}
+        self.bits = sum(at[item][0].bits for item in self.items) / len(self.items)
+
+    def among(self, items: Iterable[int]) -> "Cell":
+        """Some of its items."""
+        wanted, found = set(items), Cell(self.rows, self.method)
+        keep = [i for i, item in enumerate(self.items) if item in wanted]
+        found.items = [self.items[i] for i in keep]
+        found.values = {name: [values[i] for i in keep] for name, values in self.values.items()}
+        return found
+
+
+def cell_of(facts: Mapping) -> str:
+    """Of a row's fields by name: their identity as text."""
+    return json.dumps([facts[name] for name in IDENTITY], sort_keys=True)
+
+
+def digest_of(recipe: Recipe) -> str:
+    """A hash of a recipe's JSON, fitted tables included. `prefill` does not count: the settings say what it is."""
     text = recipe.model_copy(update={"prefill": "stored"}).model_dump_json()
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def described(recipe: Recipe) -> dict:
+    """A recipe's JSON in which long lists of numbers, fitted to a model, are replaced by their hash."""
+
+    def short(x):
+        if isinstance(x, dict):
+            return {name: short(part) for name, part in x.items()}
+        if isinstance(x, list | tuple):
+            text = json.dumps(x)
+            if len(text) > 400 and not any(isinstance(part, dict) for part in x):
+                return f"{len(x)} numbers, {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+            return [short(part) for part in x]
+        return x
+
+    made = short(recipe.model_dump(mode="json"))
+    layers = made["layers"]
+    if len(layers) > 1 and all(layer == layers[0] for layer in layers):
+        made["layers"] = layers[:1]
+    return made
+
+
 class Results:
-    """Rows by key, kept in a file of JSON lines where one is given. A row is written as soon as it is added; a line
+    """Rows by cell, kept in a file of JSON lines where one is given. A row is written as soon as it is added; a line
     torn by an interruption is dropped when the file is opened again."""
 
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
-        self.rows: dict[Key, Row] = {}
+        self.rows: dict[str, list[Row]] = {}
         if self.path is None:
             return
         if not self.path.parent.is_dir():
@@ -78,41 +145,33 @@ class Results:
                 row = Row.model_validate_json(line)
             except ValidationError:
                 raise ValueError(f"line {number} of {path} is no result of `kvist eval`; give another --out") from None
-            self.rows[row.key] = row
+            self.rows.setdefault(row.cell, []).append(row)
         if whole < len(data):
-            if not data[whole:].startswith(b'{"model"'[: len(data) - whole]):
+            if not data[whole:].startswith(b'{"task"'[: len(data) - whole]):
                 raise ValueError(f"{path} is no file of results; give another --out")
             os.truncate(path, whole)
 
     def add(self, row: Row) -> None:
-        """Keep a row, and append it to the file, whole."""
-        self.rows[row.key] = row
+        """Keep a row, and append it to the file, whole or not at all: what a full disk cut is cut off again."""
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
+            with self.path.open("ab") as file:
+                before = file.tell()
+                try:
+                    file.write(row.line.encode())
+                    file.flush()
+                except OSError as error:
+                    os.truncate(self.path, before)
+                    reason = error.strerror or str(error)
+                    raise OSError(
+                        f"{self.path} could not be written: {reason}; what was measured before is kept, and the same "
+                        "command goes on from there"
+                    ) from None
+        self.rows.setdefault(row.cell, []).append(row)
 
+    def done(self, cell: str) -> set[int]:
+        """Items of a cell that are known."""
+        return {item for row in self.rows.get(cell, ()) for item in row.items}
 
-def summary(contenders: Mapping[str, Sequence[Row]], first: str, seed: int = 0) -> list[dict]:
-    """Per contender (its rows by its name): perplexity, KL and the differences of log-perplexity and KL from the one
-    named `first`, each an `Estimate` over the windows that all of them have; top-1 agreement and bits, their means.
-    Raises ValueError where there is no such window."""
-    common = set.intersection(*({row.window for row in rows} for rows in contenders.values()))
-    if not common:
-        raise ValueError("no window was measured with every method")
-    by_name = {
-        name: sorted((row for row in rows if row.window in common), key=lambda row: row.window)
-        for name, rows in contenders.items()
-    }
-    base = by_name[first]
-    found = []
-    for name, rows in by_name.items():
-        logs, base_logs = ([r.nll / r.tokens for r in some] for some in (rows, base))
-        own: dict[str, object] = {"method": name, "mode": rows[0].mode, "windows": len(rows)}
-        own["perplexity"] = perplexity([r.nll for r in rows], [r.tokens for r in rows], seed)
-        own["kl"] = mean([r.kl for r in rows], seed)
-        own["agreement"] = sum(r.agreement for r in rows) / len(rows)
-        own["bits"] = sum(r.bits for r in rows) / len(rows)
-        own["log_perplexity_difference"] = difference(logs, base_logs, seed)
-        own["kl_difference"] = difference([r.kl for r in rows], [r.kl for r in base], seed)
-        found.append({k: v._asdict() if isinstance(v, Estimate) else v for k, v in own.items()})
-    return found
+    def cells(self) -> list[Cell]:
+        """All cells, in the order in which they were begun."""
+        return [Cell(rows) for rows in self.rows.values()]

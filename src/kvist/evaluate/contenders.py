@@ -1,0 +1,166 @@
+"""Who is measured: a recipe in a living cache, and controls that are no recipe of ours."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import QuantizedCache
+
+from kvist.cache.cache import Cache
+from kvist.cache.report import held
+from kvist.coding import Codec, Grouping, Raw
+from kvist.evaluate.results import described, digest_of
+from kvist.methods import parse
+from kvist.models.adapter import describe
+from kvist.plan import Recipe
+from kvist.types import Geometry
+
+Part = Literal["both", "keys", "values"]
+PARTS: tuple[Part, ...] = ("both", "keys", "values")
+BACKENDS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
+EXACT = "exact"
+SINGLE = "batch 1"
+_TWINS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name, and what makes its cache: a recipe, or a backend of transformers' QuantizedCache with its bits; or a
+    floor, which quantizes nothing: "float16" or another dtype, or "batch 1". `part`: the sides that are coded; the
+    other one is stored as it comes."""
+
+    name: str
+    recipe: Recipe | None = None
+    backend: tuple[str, int] | None = None
+    floor: str | None = None
+    part: Part = "both"
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.recipe) if self.recipe else self.name
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Its recipe as JSON, or what it is instead."""
+        if self.recipe:
+            return described(self.recipe)
+        if self.floor:
+            return {"name": "nothing quantized", "floor": self.floor}
+        backend, bits = self.backend or ("", 0)
+        return {"name": "transformers QuantizedCache", "backend": backend, "bits": bits, **_axes(backend)}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What of it can be measured: a recipe that packs has two sides."""
+        return PARTS if self.recipe and any(plan.packs for plan in self.recipe.layers) else PARTS[:1]
+
+    def of(self, part: Part) -> "Contender":
+        """The same with one side exact."""
+        if part == "both" or self.recipe is None:
+            return self
+        return replace(self, recipe=one_side(self.recipe, part), part=part)
+
+    def cache(self, model, reserve: int, prefill: Literal["exact", "stored"] = "exact") -> TransformersCache:
+        """An empty cache for a model, with room for `reserve` tokens per row. ValueError where it does not suit it."""
+        if self.recipe:
+            return Cache(model, self.recipe, reserve=reserve, prefill=prefill)
+        backend, bits = self.backend or ("", 0)
+        if prefill == "stored":
+            raise ValueError(f"{self.name} gives a prompt its exact keys and values; it has no prefill 'stored'")
+        try:
+            config = model.config.get_text_config(decoder=True)
+            return QuantizedCache(backend=backend, config=config, nbits=bits, **_axes(backend))
+        except ImportError as error:
+            raise ValueError(f"{self.name} needs a package: pip install 'kvist[bench]' ({error})") from None
+
+    def twin(self, model):
+        """The model that a floor runs: a copy in its dtype, or the same one."""
+        if self.floor == SINGLE:
+            return model
+        if model not in _TWINS or _TWINS[model].dtype != getattr(torch, self.floor or ""):
+            _TWINS[model] = copy.deepcopy(model).to(getattr(torch, self.floor or ""))
+        return _TWINS[model]
+
+
+def floors(dtype: torch.dtype) -> list[Contender]:
+    """What a model's numbers are known to: the same in another 16-bit precision, and one row at a time."""
+    other = "float16" if dtype == torch.bfloat16 else "bfloat16"
+    return [Contender(f"floor: {floor}", floor=floor) for floor in (other, SINGLE)]
+
+
+def contender(text: str, made: Callable[[str], Recipe] = parse) -> Contender:
+    """From a command line's word: a method's text, or 'quanto:2', 'hqq:4': transformers' QuantizedCache, which is
+    none of the published methods. `made` makes recipes of texts."""
+    backend, _, bits = text.partition(":")
+    if backend in BACKENDS:
+        if not bits.isdigit() or int(bits) not in BACKENDS[backend]:
+            choices = ", ".join(f"{backend}:{b}" for b in BACKENDS[backend])
+            raise ValueError(f"expected one of {choices}, found {text!r}")
+        return Contender(f"QuantizedCache {text}", backend=(backend, int(bits)))
+    return Contender(text, recipe=made(text))
+
+
+def parted(contenders: Sequence[Contender], parts: Sequence[str]) -> list[Contender]:
+    """Each contender with each of these parts that it has. ValueError for another word."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"parts are {', '.join(PARTS)}, found {part!r}")
+    return [each.of(part) for part in PARTS if part in parts for each in contenders if part in each.parts]
+
+
+def one_side(recipe: Recipe, part: Part) -> Recipe:
+    """The recipe with keys or values alone coded; the other side is stored as it comes, in the same pages."""
+    raw, name = Codec(levels=Raw(), grouping=Grouping(along="channels")), "value" if part == "keys" else "key"
+    layers = []
+    for plan in recipe.layers:
+        side = getattr(plan, name)
+        layers.append(plan.model_copy(update={name: side.model_copy(update={"codec": raw})} if plan.packs else {}))
+    return recipe.model_copy(update={"layers": tuple(layers)})
+
+
+def fill(cache: TransformersCache, prompt: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
+    """Give an empty cache the keys and values (B, H, T, D) of a prompt, per layer, as one forward would; mask int64
+    (B, T), 0 for padding, or None."""
+    if isinstance(cache, Cache):
+        batch, length = prompt[0][0].shape[0], prompt[0][0].shape[2]
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+        cache.announce(batch, length, mask, positions)
+    for i, (keys, values) in enumerate(prompt):
+        cache.update(keys, values, i)
+
+
+def bits(cache: TransformersCache, shape: Geometry, batch: int) -> float:
+    """Allocated bits per cached number of layers of this shape, measured from the tensors that a cache holds."""
+    if isinstance(cache, Cache):
+        return cache.report().bits_per_element
+    tokens = batch * sum(layer.get_seq_length() for layer in cache.layers)
+    return 8 * held(cache) / (tokens * shape.heads * (shape.key_dim + shape.value_dim))
+
+
+def packed(cache: TransformersCache) -> bool:
+    """Whether any token is packed by now."""
+    if isinstance(cache, Cache):
+        return any(max(track.frontiers) > 0 for layer in cache.ours if layer.is_initialized for track in layer.tracks)
+    return True
+
+
+def check(contender: Contender, model) -> None:
+    """Refuse, before the hours, a contender that does not suit a model."""
+    if contender.floor:
+        return
+    if contender.recipe:
+        facts = describe(model)
+        contender.recipe.for_layers(len(facts.served))
+    made = contender.cache(model, 0)
+    if isinstance(made, Cache):
+        made.close()
+
+
+def _axes(backend: str) -> dict[str, int]:
+    """hqq groups along tokens' channels only where it is told."""
+    return {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}

@@ -1,0 +1,136 @@
+"""What becomes of errors while a text is written: divergence by decode step, and the step where greedy text differs.
+
+History is quantized as it is produced, so that later keys and values are computed from quantized earlier ones. At some
+steps the same history is quantized at once, from exact keys and values: the difference is what has accumulated. The
+text that the exact model writes greedily is given to the others; until their first other choice they would have
+written the same, so that this step is where free-running texts part.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvist.cache.cache import Cache
+from kvist.evaluate.contenders import Contender, fill
+from kvist.evaluate.fidelity import BUCKET, Text, curve
+from kvist.evaluate.generation import attached, forward, read, states_of
+from kvist.evaluate.task import Measured
+from kvist.evaluate.tokenwise import Exact, compared, exact, score
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Windows whose tokens are decoded in steps behind a prompt (may be empty). at: decoded tokens after which the
+    same history is quantized at once, too; probe: tokens scored there. free: greedy tokens behind the first half of
+    each window, 0 for none."""
+
+    text: Text
+    prompt: int = 0
+    step: int = 1
+    at: tuple[int, ...] = ()
+    probe: int = 32
+    free: int = 0
+    chunk: int = 8192
+    batch: int = 1
+    name: ClassVar[str] = "horizon"
+    metric: ClassVar[int] = 1
+    recipes_only: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        own = {"prompt": self.prompt, "step": self.step, "bucket": BUCKET, "at": list(self.at), "probe": self.probe}
+        return self.text.settings | own | {"free_steps": self.free, "steps": self.text.windows.shape[1] - self.prompt}
+
+    @property
+    def count(self) -> int:
+        return len(self.text.windows)
+
+    def kin(self, item: int) -> None:
+        """All windows are of a length."""
+
+    def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
+        known = exact(model, self.text.windows[list(items)], self.prompt, self.chunk)
+        states = self._states(model, known) if self.at else []
+        written = self._written(model, known) if self.free else None
+        for found in score(model, known, contenders, "stored", self.step):
+            contender, kl = contenders[found.contender], found.tokens.kl
+            began = time.perf_counter()
+            at_once: list[list] = [[] for _ in items]
+            for step in self.at:
+                probed = self._at_once(model, contender, known, states, step)
+                part = slice(step, step + probed.shape[1])
+                for row, (streamed, once) in enumerate(zip(kl[:, part].mean(1), probed.mean(1), strict=True)):
+                    at_once[row].append([step, streamed.item(), once.item()])
+            values: dict[str, list] = {
+                "kl": kl.mean(1).tolist(),
+                "kl_curve": [curve(row) for row in kl],
+                "kl_at_once": at_once,
+            }
+            if written:
+                values["first_mismatch"] = self._parted(model, contender, written)
+            yield Measured(found.contender, found.bits, found.seconds + time.perf_counter() - began, values)
+
+    @torch.no_grad()
+    def _states(self, model, known: Exact) -> list[tuple[Tensor, Tensor]]:
+        """Exact keys and values of whole windows."""
+        cache = DynamicCache(config=model.config)
+        read(model, cache, known.ids, known.mask, self.chunk)
+        return states_of(cache)
+
+    @torch.no_grad()
+    def _at_once(self, model, contender: Contender, known: Exact, states, step: int) -> Tensor:
+        """Divergence (B, probe) of the tokens after `step` decoded ones, all history quantized in one update."""
+        start = known.prompt + step
+        end = min(start + self.probe, known.ids.shape[1])
+        cache = contender.cache(model, end)
+        try:
+            with attached(model, contender):
+                fill(cache, [(keys[:, :, :start], values[:, :, :start]) for keys, values in states], None)
+                parts = []
+                for first in range(start, end, self.step):
+                    last = min(first + self.step, end)
+                    logits = forward(model, cache, known.ids[:, first:last], known.mask[:, :last])
+                    parts.append(compared(known, logits, first).kl)
+        finally:
+            if isinstance(cache, Cache):
+                cache.close()
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def _written(self, model, known: Exact) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+        """The first half of each window (B, P), its keys and values, and the text that the exact model writes behind
+        it (B, free), greedily."""
+        ids = known.ids[:, : known.ids.shape[1] // 2]
+        cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+        read(model, cache, ids[:, :-1], mask[:, :-1], self.chunk)
+        states, token, written = states_of(cache), ids[:, -1:], []
+        for _ in range(self.free):
+            written.append(token)
+            mask = torch.ones(len(ids), ids.shape[1] - 1 + len(written), dtype=torch.long, device=ids.device)
+            token = forward(model, cache, token, mask, 1).argmax(-1)
+        return ids, states, torch.cat([*written, token], dim=1)
+
+    @torch.no_grad()
+    def _parted(self, model, contender: Contender, written) -> list[int]:
+        """Per row, how many tokens are written before the first other one; all of them where there is none."""
+        ids, states, text = written
+        past = ids.shape[1] - 1
+        cache = contender.cache(model, past + text.shape[1])
+        same = []
+        try:
+            with attached(model, contender):
+                fill(cache, states, None)
+                for first in range(0, self.free, self.step):
+                    last = min(first + self.step, self.free)
+                    mask = torch.ones(len(ids), past + last, dtype=torch.long, device=ids.device)
+                    chosen = forward(model, cache, text[:, first:last], mask).argmax(-1)
+                    same.append(chosen == text[:, first + 1 : last + 1])
+        finally:
+            if isinstance(cache, Cache):
+                cache.close()
+        return torch.cat(same, dim=1).long().cumprod(1).sum(1).tolist()

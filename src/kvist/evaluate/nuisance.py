@@ -1,0 +1,87 @@
+"""What should change nothing: padding on the left, other rows in the batch, the prompt's chunks.
+
+A method's own distributions under each of them are compared with those without, and how far both are from the exact
+ones. Rounding alone may tip a code over to its neighbour, so divergences are small and not zero; they belong beside
+the floor, and shifts should have intervals that include zero.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvist.cache.cache import Cache
+from kvist.evaluate.contenders import Contender, bits, fill
+from kvist.evaluate.fidelity import Text
+from kvist.evaluate.generation import attached, forward
+from kvist.evaluate.task import Measured
+from kvist.evaluate.tokenwise import Exact, compared, exact, whole
+from kvist.models.adapter import describe
+
+PADDING = 13  # slots: no multiple of a group or a page
+FACTORS = ("padding", "batch", "chunk")
+
+
+@dataclass(frozen=True)
+class Nuisance:
+    """Windows with a prompt; the tokens behind it are decoded in steps. Each window goes alone, then padded, then
+    beside the window after it, then with its prompt read in four chunks."""
+
+    text: Text
+    prompt: int
+    step: int = 32
+    batch: ClassVar[int] = 1
+    name: ClassVar[str] = "nuisance"
+    metric: ClassVar[int] = 1
+    recipes_only: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.text.settings | {"prompt": self.prompt, "step": self.step, "padding": PADDING}
+
+    @property
+    def count(self) -> int:
+        return len(self.text.windows)
+
+    def kin(self, item: int) -> None:
+        """All windows are of a length."""
+
+    @torch.no_grad()
+    def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
+        windows, (n,) = self.text.windows, items
+        alone, pair = windows[n : n + 1], windows[[n, (n + 1) % len(windows)]]
+        plain = exact(model, alone, self.prompt)
+        under = {
+            "padding": exact(model, alone, self.prompt, padding=PADDING),
+            "batch": exact(model, pair, self.prompt),
+            "chunk": exact(model, alone, self.prompt, -(-self.prompt // 4)),
+        }
+        for i, contender in enumerate(contenders):
+            logits, size = self._logits(model, contender, plain)
+            base = compared(plain, logits, plain.prompt).kl.mean().item()
+            own = plain._replace(logits=logits)
+            values: dict[str, list] = {"kl": [base]}
+            for factor, known in under.items():
+                other, _ = self._logits(model, contender, known)
+                values[f"kl_{factor}"] = [compared(own, other[:1], own.prompt).kl.mean().item()]
+                changed = compared(plain, other[:1], plain.prompt).kl.mean().item()
+                values[f"shift_{factor}"] = [changed - base]
+            yield Measured(i, size, 0.0, values)
+
+    def _logits(self, model, contender: Contender, known: Exact) -> tuple[Tensor, float]:
+        """A contender's logits (B, T, vocabulary) behind the prompt, and its bits."""
+        batch, length = known.ids.shape
+        cache = contender.cache(model, length)
+        try:
+            with attached(model, contender):
+                fill(cache, known.states, whole(known.mask[:, : known.prompt]))
+                parts = []
+                for start in range(known.prompt, length, self.step):
+                    end = min(start + self.step, length)
+                    parts.append(forward(model, cache, known.ids[:, start:end], known.mask[:, :end]))
+            return torch.cat(parts, dim=1), bits(cache, describe(model).shape, batch)
+        finally:
+            if isinstance(cache, Cache):
+                cache.close()
