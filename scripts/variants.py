@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 MOST = 7_000_000  # parameters
 HIDDEN, LAYERS, WIDE = 256, 6, 704
+NOISE = 0.5  # of the spread of attention that was regrouped
+QUIET = 0.25  # of the spread: attention that knows nothing yet disturbs the copied layers little
 ARCHITECTURES = {"plain": "llama", "bias": "qwen2", "norm": "qwen3"}
 
 
@@ -73,23 +75,70 @@ def parameters(model: nn.Module) -> int:
 
 
 def start_from(model: nn.Module, folder: str | Path) -> list[str]:
-    """Copy every tensor outside attention whose name and shape agree with the model in `folder`; their names.
-    ValueError where there is no model, or none agrees."""
+    """Copy the model in `folder` as far as it fits: every tensor outside attention whose name and shape agree, and
+    attention where its heads can be regrouped. The names of what was copied. Other attention is drawn anew, as wide as
+    the copied layers are used to. ValueError where there is no model, or nothing outside attention agrees."""
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
         raise ValueError(f"expected a model's folder with a model.safetensors in it, found none at {folder}")
-    copied = []
-    with safe_open(file, "pt") as given, torch.no_grad():
-        names = set(given.keys())
-        for name, weight in model.named_parameters():
-            # queries and keys of another model fit no other values: attention is learned anew
-            if "self_attn" in name or name not in names or given.get_slice(name).get_shape() != list(weight.shape):
-                continue
-            weight.copy_(given.get_tensor(name))
-            copied.append(name)
-    if not copied:
+    given = {name: tensor.float() for name, tensor in load_file(file).items()}
+    own = dict(model.named_parameters())
+    same = [name for name, weight in own.items() if "self_attn" not in name and _shape(given, name) == weight.shape]
+    if not same:
         raise ValueError(f"no tensor of {folder} has a name and a shape of this variant; leave --start out")
-    return copied
+    with torch.no_grad():
+        for name in same:
+            own[name].copy_(given[name])
+        regrouped = _regroup(own, given, AutoConfig.from_pretrained(folder), model.config)
+        for name, weight in own.items():
+            if "self_attn" in name and name in given and name not in regrouped:
+                weight.normal_(std=given[name].std().item() * (QUIET if "o_proj" in name else 1.0))
+    return same + regrouped
+
+
+def _shape(given: dict[str, Tensor], name: str) -> torch.Size | None:
+    return given[name].shape if name in given else None
+
+
+def _regroup(own: dict[str, nn.Parameter], given: dict[str, Tensor], old: Any, new: Any) -> list[str]:
+    """Attention for other KV heads: each repeated, or as many folded into one as it is wider. Some noise lets repeated
+    heads part ways. The names of what was written: none where the heads fit in neither way."""
+    heads, groups, dim = old.num_attention_heads, old.num_key_value_heads, old.head_dim
+    fold, repeat = groups // new.num_key_value_heads, new.num_key_value_heads // groups
+    wide = new.head_dim
+    if (
+        new.num_attention_heads != heads
+        or wide != dim * max(fold, 1)
+        or max(fold, 1) * new.num_key_value_heads % groups
+    ):
+        return []
+    # folded heads take turns at the channels' pairs, which keeps their rotary frequencies or nearly so
+    half = torch.arange(dim // 2) * max(fold, 1)
+    turned = torch.cat([half, half + wide // 2])
+    written = []
+    for layer in range(new.num_hidden_layers):
+        part = f"model.layers.{layer}.self_attn."
+        q, k, v, o = (given[f"{part}{side}_proj.weight"] for side in "qkvo")
+        if repeat:
+            k, v = (x.unflatten(0, (groups, dim)).repeat_interleave(repeat, 0).flatten(0, 1) for x in (k, v))
+        else:
+            q_, k_, v_, o_ = (torch.zeros_like(own[f"{part}{side}_proj.weight"]) for side in "qkvo")
+            for group in range(groups):
+                base, slot = group // fold * wide, group % fold
+                k_[base + turned + slot] = k[group * dim : (group + 1) * dim]
+                v_[base + slot * dim :][:dim] = v[group * dim : (group + 1) * dim]
+            for head in range(heads):
+                slot, rows = head * groups // heads % fold, slice(head * dim, (head + 1) * dim)
+                q_[head * wide + turned + slot] = q[rows] * fold**0.5
+                o_[:, head * wide + slot * dim :][:, :dim] = o[:, rows]
+            q, k, v, o = q_, k_, v_, o_
+        scale = given[f"model.layers.{layer}.input_layernorm.weight"]
+        for side, x in zip("qkvo", (q, k, v, o), strict=True):
+            own[f"{part}{side}_proj.weight"].copy_(x + NOISE * x.std() * torch.randn_like(x))
+            written.append(f"{part}{side}_proj.weight")
+            if f"{part}{side}_norm.weight" in own:  # the size that queries and keys had without it
+                own[f"{part}{side}_norm.weight"].fill_((x * scale).square().sum(1).mean().sqrt())
+    return written
 
 
 def save(model: nn.Module, tokenizer, folder: Path) -> None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fitted import artifact
+from kvist.evaluate.perplexity import MODES, compare, measure, packed_bits
 from models_tiny import tiny_llama, tokens
 from oracle import OracleCache
 
 import kvist
 from kvist.evaluate import perplexity
-from kvist.evaluate.perplexity import MODES, compare, measure, packed_bits
 from kvist.evaluate.simulate import Simulated
 from kvist.methods import parse
 from kvist.methods.kvquant import recipe as fitted_recipe

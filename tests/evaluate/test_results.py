@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from kvist.evaluate.collect import Text, collect
 from models_tiny import tiny_llama, tokens
 
-from kvist.evaluate.collect import Text, collect
 from kvist.evaluate.results import Results, Row, recipe_digest, summary
 from kvist.methods import parse
 

@@ -5,7 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from kvist.evaluate.statistics import Estimate, difference, mean, perplexity
+from kvist.evaluate.statistics import (
+    Estimate,
+    difference,
+    flipped,
+    holm,
+    mcnemar,
+    mean,
+    means,
+    paired_p,
+    perplexity,
+)
 
 
 def test_by_hand():
@@ -60,3 +70,47 @@ def test_refusals():
         perplexity([1.0], [1, 2])
     with pytest.raises(ValueError, match="number per window"):
         mean([])
+
+
+def test_curves_are_means_at_each_place():
+    rows = np.random.default_rng(0).random((9, 4)).tolist()
+    for place, found in zip(zip(*rows, strict=True), means(rows, 2), strict=True):
+        assert found == pytest.approx(mean(place, 2))
+    assert means([[1.0, 2.0]]) == [Estimate(1.0, None, None), Estimate(2.0, None, None)]
+    with pytest.raises(ValueError, match="curve per window"):
+        means([])
+
+
+def test_mcnemar_by_hand():
+    # 1 against 6 of 7 that differ: twice the chance of 0 or 1 heads in 7 throws
+    a, b = [1] * 6 + [0] + [1] * 20, [0] * 6 + [1] + [1] * 20
+    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar(a, a) == 1.0 and mcnemar([1, 0], [0, 1]) == 1.0
+    assert paired_p(a, b) == mcnemar(a, b) and paired_p([0.5, 1.0], [0.0, 0.0]) == 0.5
+    assert mcnemar([1] * 2000, [0] * 2000) == 0.0  # 2**-1999
+
+
+def test_flipped_signs_against_all_of_them():
+    x = [0.3, -0.1, 0.8, 0.4, 1.1, -0.2]
+    far = [abs(np.dot(signs, x)) >= abs(sum(x)) - 1e-12 for signs in itertools.product((1, -1), repeat=len(x))]
+    assert flipped(x) == pytest.approx(np.mean(far))
+    more = np.random.default_rng(0).normal(0.4, 1.0, 12)
+    assert flipped(more, draws=4095) == pytest.approx(flipped(more), abs=0.02)  # drawn, and all 4096
+    assert flipped([1.0] * 5) == 2 / 32 and flipped([0.0, 0.0]) == 1.0
+    assert flipped([1.0] * 200) == pytest.approx(1 / 20_001)
+
+
+def test_flipped_signs_are_seldom_wrong():
+    random = np.random.default_rng(2)
+    ps = [flipped(random.normal(0.0, 1.0, 24), seed, draws=999) for seed in range(300)]
+    assert 0.02 <= np.mean(np.array(ps) < 0.05) <= 0.09
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_unpaired_is_refused():
+    with pytest.raises(ValueError, match="same items"):
+        paired_p([1], [1, 0])

@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from kvist import __version__
-from kvist.cli import allocate, bench, calibrate, demo, evaluate, import_kvquant, inspect, methods, profile, run
+from kvist.cli import (
+    allocate,
+    bench,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    import_kvquant,
+    inspect,
+    lm_eval,
+    methods,
+    profile,
+    report,
+    run,
+)
 from kvist.cli.errors import Verbs
 
 app = typer.Typer(
@@ -55,4 +69,7 @@ app.command("profile")(profile.profile)
 app.command("allocate")(allocate.allocate)
 app.command("demo")(demo.demo)
 app.command("eval")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")

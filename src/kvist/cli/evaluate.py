@@ -35,9 +35,12 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="test, valid or train: which of a name's texts.")] = "test",
     mode: Annotated[
-        str,
-        typer.Option(help="stored: what a living cache holds; simulated: all tokens in one pass, as published."),
-    ] = "stored",
+        str | None,
+        typer.Option(
+            help="stored: what a living cache holds; simulated: all tokens in one pass, as published.  "
+            "[default: stored; lm-eval: simulated]"
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", "-n", min=0, help="The first N windows; 0: all.")] = 16,
     seqlen: Annotated[
         str | None, typer.Option(help="Tokens per window.  [default: 2048, horizon 1500, or the model's most]")
@@ -67,7 +70,11 @@ def evaluate(
     floor: Annotated[
         bool, typer.Option(help="Measure the noise floor beside fidelity: other precision, batch 1.")
     ] = True,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question.  [default: gsm8k 5; lm-eval: the task's]")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Questions go through the model's chat template.")] = False,
+    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with definitions for lm-eval of your own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of questions, planted outliers and intervals.")] = 0,
@@ -99,7 +106,6 @@ def evaluate(
 
     named = list(dict.fromkeys(["exact", *(method or ["kivi:2"])]))
     contenders = parted([contender(text, _recipes(model)) for text in named], parts.split(","))
-    results, names = _results(out), [name.strip() for name in tasks.split(",")]
 
     from kvist.evaluate import suite
     from kvist.evaluate.maps import draw
@@ -120,9 +126,12 @@ def evaluate(
         prefill=prefill,  # pyright: ignore[reportArgumentType]
         chunk=chunk,
         batch=batch,
+        shots=shots,
         chat=chat,
+        tasks_dir=tasks_dir,
         seed=seed,
     )
+    names, results = suite.named(tasks), _results(out)
     documents = suite.documents(names, options)
     loaded, tokenizer = _loaded(model, device, dtype, stress, seed)
     wanted = suite.tasks(names, options, documents, loaded, tokenizer)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvist.atomic import replacing
-from kvist.evaluate import recall
+from kvist.evaluate import gsm8k, longbench, recall
 from kvist.evaluate.questions import KINDS
 from kvist.evaluate.results import Results, Row
 
@@ -29,7 +29,7 @@ def rescore(path: Path) -> dict[str, int]:
 
 
 def _again(row: Row, found: dict[str, int]) -> Row:
-    values = RULES[row.task.partition("/")[0]](row.settings, row.values)
+    values = RULES[row.task.partition(":")[0]](row.settings, row.values)
     found["rows"] += 1
     found["items"] += len(row.items)
     found["changed"] += sum(a != b for a, b in zip(values["score"], row.values["score"], strict=True))

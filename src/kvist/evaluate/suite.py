@@ -10,8 +10,10 @@ from kvist.evaluate import contenders
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.fidelity import Fidelity, Perplexity, Text
 from kvist.evaluate.generation import Prefill
+from kvist.evaluate.harness import PREFIX
 from kvist.evaluate.horizon import Horizon
 from kvist.evaluate.nuisance import Nuisance
+from kvist.evaluate.questions import KINDS
 from kvist.evaluate.recall import Haystack, Recall
 from kvist.evaluate.task import Task
 from kvist.evaluate.tokenwise import MODES, Mode
@@ -30,10 +32,16 @@ TASKS = WINDOWED | {
     "multi-query": "three cities asked at once",
     "variable-tracking": "a chain of variables, beside another",
     "aggregation": "the word that was named most often",
+    "gsm8k": "problems in words, few-shot; prompts and metrics of lm-eval",
+    "longbench": "all of LongBench, or longbench:NAME; prompts and metrics of lm-eval",
+    "longbench-e": "all of LongBench-E",
+    "lm-eval:NAME": "any task of lm-eval, several with commas: log-likelihoods, simulated or stored",
 }
+LONGBENCH, LONGBENCH_E = "longbench", "longbench-e"
 STEP = 32  # tokens per update, of which none is packed before the next update begins
 LAST = 256  # tokens scored at the end of long windows
 SEQLEN, HORIZON = 2048, 1500
+PREFILLS = get_args(Prefill)
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,14 @@ class Options:
     data, data_dir, split: the text, as `kvist.calibrate.text.texts` finds it. windows: of a text; seqlen: tokens of
     each; prompt: tokens of each whose keys and values are exact when attention sees them; step: tokens per update
     behind it. lengths: of contexts, or of windows for perplexity of their last tokens; depths: how many, from the start
-    to the end; samples: per length and depth. free: greedy tokens until texts part.
+    to the end; samples: per length and depth. free: greedy tokens until texts part. shots: examples before a question;
+    chat: questions go through the model's chat template; tasks_dir: definitions for lm-eval of one's own.
     """
 
     data: str = "wikitext2"
     data_dir: Path | None = None
     split: str = "test"
-    mode: Mode = "stored"
+    mode: Mode | None = None
     windows: int = 16
     seqlen: int = 0
     prompt: int | None = None
@@ -61,38 +70,77 @@ class Options:
     prefill: Prefill = "exact"
     chunk: int = 8192
     batch: int = 1
+    shots: int | None = None
     chat: bool = False
+    tasks_dir: Path | None = None
     seed: int = 0
 
 
+def named(text_: str) -> list[str]:
+    """Names of tasks from words with commas between; what follows `lm-eval:NAME` and is no task of ours is lm-eval's.
+    ValueError for a name that nobody knows."""
+    found: list[str] = []
+    for word in filter(None, map(str.strip, text_.split(","))):
+        ours = word in TASKS or word.startswith(("longbench:", PREFIX))
+        if not ours and found and found[-1].startswith(PREFIX):
+            word, ours = PREFIX + word, True
+        if not ours or word == "lm-eval:NAME":
+            raise ValueError(f"no task is called {word!r}; there are {', '.join(TASKS)}")
+        found.append(word)
+    return list(dict.fromkeys(found))
+
+
 def documents(names: Sequence[str], options: Options) -> list[str]:
-    """The text that these tasks need, empty for none. Raises ValueError, before a model is loaded, for unknown names or
-    options, or a text that is not there."""
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"no task is called {unknown[0]!r}; there are {', '.join(TASKS)}")
-    for name, value, choices in (("mode", options.mode, MODES), ("prefill", options.prefill, get_args(Prefill))):
+    """The text that these tasks need, empty for none. Raises ValueError, before a model is loaded, for options that are
+    none, or a text that is not there."""
+    for name, value, choices in (("mode", options.mode, (None, *MODES)), ("prefill", options.prefill, PREFILLS)):
         if value not in choices:
-            raise ValueError(f"--{name} is {' or '.join(choices)}, found {value!r}")
-    if all(name == "passkey" for name in names):
+            raise ValueError(f"--{name} is {' or '.join(filter(None, choices))}, found {value!r}")
+    if not any(name in WINDOWED or (name in KINDS and name != "passkey") for name in names):
         return []
     return text.texts(options.data, options.data_dir, options.split)
 
 
 def tasks(names: Sequence[str], options: Options, documents: list[str], model, tokenizer) -> list[Task]:
-    """The tasks of these names, for a model. Raises ValueError for lengths that the model does not know, or a text
-    that is too short."""
+    """The tasks of these names, for a model. Raises ValueError for lengths that the model does not know, or data that
+    are not there or too short."""
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or SEQLEN
     for length in (options.seqlen, *options.lengths):
         if length > longest:
             raise ValueError(f"the model knows {longest} positions, found a length of {length}; give {longest} or less")
     made: list[Task] = []
-    for name in dict.fromkeys(names):
+    for name in names:
         if name in WINDOWED:
             made += _windowed(name, options, documents, tokenizer, longest)
-        else:
+        elif name in KINDS:
             made.append(_recall(name, options, documents, tokenizer, longest))
-    return made
+        elif not name.startswith(PREFIX):
+            made += _benchmark(name, options, tokenizer, longest)
+    own = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    return made + (_harness(own, options, tokenizer) if own else [])
+
+
+def _benchmark(name: str, options: Options, tokenizer, longest: int) -> list[Task]:
+    given: Any = {"data_dir": options.data_dir, "chat": options.chat, "prefill": options.prefill}
+    given |= {"chunk": options.chunk, "batch": options.batch}
+    if name == "gsm8k":
+        from kvist.evaluate.gsm8k import GSM8K
+
+        return [GSM8K(tokenizer, longest, **given, **({} if options.shots is None else {"shots": options.shots}))]
+    from kvist.evaluate.longbench import LongBench, datasets
+
+    whole = {LONGBENCH: False, LONGBENCH_E: True}
+    chosen = datasets(extended=whole[name]) if name in whole else [name.removeprefix("longbench:")]
+    return [LongBench(dataset, tokenizer, longest, **given) for dataset in chosen]
+
+
+def _harness(names: Sequence[str], options: Options, tokenizer) -> list[Task]:
+    from kvist.evaluate import harness
+
+    mode = options.mode or "simulated"  # a continuation fits the exact window of many methods: stored shows nothing
+    given: Any = {"shots": options.shots, "chat": options.chat, "mode": mode, "batch": options.batch}
+    return list(harness.tasks(names, tokenizer, options.tasks_dir, **given))
 
 
 def floors(task: Task, model) -> list[Contender]:
@@ -103,6 +151,7 @@ def floors(task: Task, model) -> list[Contender]:
 def _windowed(name: str, options: Options, documents: list[str], tokenizer, longest: int) -> list[Task]:
     step, seqlen = options.step or STEP, options.seqlen or min(SEQLEN, longest)
     batch: Any = {"batch": options.batch, "chunk": options.chunk}
+    mode = options.mode or "stored"
     if name == "ppl" and options.lengths:
         return [
             Perplexity(_text(options, documents, tokenizer, length), "stored", _before(length), step, **batch)
@@ -111,11 +160,11 @@ def _windowed(name: str, options: Options, documents: list[str], tokenizer, long
     if name == "ppl":
         chosen, streamed = _text(options, documents, tokenizer, seqlen), options.prompt or options.step
         prompt = _checked(options.prompt or 0, seqlen)
-        return [Perplexity(chosen, options.mode, prompt, step if streamed else None, **batch)]
+        return [Perplexity(chosen, mode, prompt, step if streamed else None, **batch)]
     if name == "fidelity":
         chosen, prompt = _text(options, documents, tokenizer, seqlen), _checked(options.prompt or 0, seqlen)
-        simulated = options.mode == "simulated"
-        return [Fidelity(chosen, options.mode, prompt, None if simulated else step, **batch)]
+        simulated = mode == "simulated"
+        return [Fidelity(chosen, mode, prompt, None if simulated else step, **batch)]
     if name == "horizon":
         seqlen = options.seqlen or min(HORIZON, longest)
         prompt = _checked(options.prompt or 0, seqlen)

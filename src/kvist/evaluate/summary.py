@@ -81,13 +81,18 @@ def _among(name: str) -> Callable[[Mapping[str, list], int], dict]:
 
 
 def _slope(values: Mapping[str, list], seed: int) -> dict:
+    found = slopes(values)
+    return {"slope": mean(found, seed)} if found else {}
+
+
+def slopes(values: Mapping[str, list]) -> list[float]:
     """Divergence gained per 1,000 steps: least squares per window over its curve, behind the first steps, where
-    nothing is packed yet."""
+    nothing is packed yet. None for curves that are not by decode step, or too short."""
     curves = [curve[SKIPPED:] for curve in values[CURVE]]
     if "kl_at_once" not in values or min(map(len, curves)) < 2:
-        return {}
+        return []
     steps = np.arange(min(map(len, curves))) * (BUCKET / 1000)
-    return {"slope": mean([float(np.polyfit(steps, curve[: len(steps)], 1)[0]) for curve in curves], seed)}
+    return [float(np.polyfit(steps, curve[: len(steps)], 1)[0]) for curve in curves]
 
 
 _MADE: dict[str, Callable[[Mapping[str, list], int], dict]] = {

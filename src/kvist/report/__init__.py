@@ -1,0 +1,1 @@
+"""What was measured, to read: one page, one table, one picture, and whether a difference is real."""

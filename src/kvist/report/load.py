@@ -1,0 +1,201 @@
+"""Rows of results files, grouped: what was measured together can be compared."""
+
+import json
+import lzma
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from kvist.evaluate.results import Cell, Row
+
+PATTERNS = ("*.jsonl", "*.jsonl.xz")
+FLOOR = "floor: "
+EXACT = "exact"
+
+
+class Place(NamedTuple):
+    """A model, its precision, and the outliers planted in it."""
+
+    model: str
+    dtype: str
+    stress: str
+
+    @property
+    def name(self) -> str:
+        """The model without its fingerprint."""
+        return self.model.rpartition("-")[0] or self.model
+
+    @property
+    def condition(self) -> str:
+        return "as trained" if self.stress == "none" else f"{self.stress} outliers planted"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.condition}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender on one task: its cell, and the lines of files that it was read from."""
+
+    cell: Cell
+    lines: tuple[tuple[str, int], ...]
+
+    @property
+    def method(self) -> str:
+        return self.cell.method
+
+    @property
+    def part(self) -> str:
+        return self.cell.first.part
+
+    @property
+    def floor(self) -> bool:
+        return self.method.startswith(FLOOR)
+
+    @property
+    def source(self) -> str:
+        """As "file:3-10, other:4"."""
+        found = []
+        for file, lines in groupby(self.lines, lambda line: line[0]):
+            numbers = [number for _, number in lines]
+            runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+            spans = [(run[0][1], run[-1][1]) for run in runs]
+            found.append(f"{file}:" + ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans))
+        return ", ".join(found)
+
+    def among(self, items: Iterable[int]) -> "Entry":
+        return replace(self, cell=self.cell.among(items))
+
+
+@dataclass(frozen=True)
+class Group:
+    """All contenders on one task in one place, measured the same way. `number` names it on a page."""
+
+    number: int
+    place: Place
+    task: str
+    settings: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def whole(self) -> "Group":
+        """Both sides coded, or nothing: over the items that all of these have. ValueError where there are none."""
+        return self._common([entry for entry in self.entries if entry.part == "both"])
+
+    @cached_property
+    def parted(self) -> "Group":
+        """Contenders with a side alone, beside the same with both: over the items that all of these have."""
+        alone = {_plain(entry) for entry in self.entries if entry.part != "both"}
+        return self._common([entry for entry in self.entries if _plain(entry) in alone])
+
+    @property
+    def methods(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.floor]
+
+    @property
+    def floors(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.floor]
+
+    @property
+    def exact(self) -> Entry | None:
+        return next((entry for entry in self.entries if entry.method == EXACT and entry.part == "both"), None)
+
+    @property
+    def items(self) -> int:
+        return len(self.entries[0].cell.items) if self.entries else 0
+
+    @property
+    def scored(self) -> bool:
+        return all("score" in entry.cell.values for entry in self.entries)
+
+    @property
+    def about(self) -> str:
+        """Its settings in words."""
+        known = {name: value for name, value in self.settings.items() if value not in (None, [], "", False)}
+        return ", ".join(f"{name} {_short(value)}" for name, value in known.items())
+
+    def _common(self, entries: Sequence[Entry]) -> "Group":
+        if not entries:
+            return replace(self, entries=())
+        common = set.intersection(*(set(entry.cell.items) for entry in entries))
+        if not common:
+            raise ValueError(
+                f"{self.task} ({self.place}): no item was measured with every method; finish the run with `kvist eval`"
+            )
+        return replace(self, entries=tuple(entry.among(common) for entry in entries))
+
+
+def load(source: str | Path) -> list[Group]:
+    """Groups of all results files in a folder, or of one file, places and tasks in the order of their first rows.
+    Raises ValueError where there is none, or a line is no row."""
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"expected a folder with results of `kvist eval --out`, found nothing at {source}")
+    files = [source] if source.is_file() else sorted({path for one in PATTERNS for path in source.glob(one)})
+    found: dict[str, dict[tuple[str, str], list[tuple[Row, str, int]]]] = {}
+    for file in files:
+        for number, row in _rows(file):
+            kind = json.dumps([row.model, row.dtype, row.stress, row.task, row.metric, row.settings], sort_keys=True)
+            found.setdefault(kind, {}).setdefault((row.digest, row.part), []).append((row, file.name, number))
+    if not found:
+        raise ValueError(f"no results in {source}: expected .jsonl files as `kvist eval --out {source}` writes them")
+    groups = [_group(number, list(cells.values())) for number, cells in enumerate(found.values(), 1)]
+    places = list(dict.fromkeys(group.place for group in groups))
+    names = list(dict.fromkeys(place.model for place in places))
+    return sorted(groups, key=lambda group: (names.index(group.place.model), places.index(group.place)))
+
+
+def titles(groups: Sequence[Group]) -> dict[int, str]:
+    """By number, a name for each group: its task, and what tells it from others of the same task in its place."""
+    found = {}
+    for group in groups:
+        others = [each for each in groups if (each.place, each.task) == (group.place, group.task)]
+        told = [
+            f"{name} {_short(group.settings.get(name))}"
+            for name in group.settings
+            if name != "data" and len({json.dumps(each.settings.get(name), sort_keys=True) for each in others}) > 1
+        ]
+        found[group.number] = ", ".join([group.task, *told])
+    return found
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        data = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
+    except lzma.LZMAError:
+        raise ValueError(f"{file} is no xz file, or damaged") from None
+    lines = data.split(b"\n")  # the last is empty, or torn: a run may be writing it
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            yield number, Row.model_validate_json(line)
+        except ValidationError:
+            raise ValueError(f"line {number} of {file} is no result of `kvist eval`; take the file away") from None
+
+
+def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Group:
+    first = cells[0][0][0]
+    names = [(rows[0][0].method, rows[0][0].part) for rows in cells]
+    entries = []
+    for rows in cells:
+        row = rows[0][0]
+        twice = names.count((row.method, row.part)) > 1
+        cell = Cell([each for each, _, _ in rows], f"{row.method} ({row.digest[:6]})" if twice else None)
+        entries.append(Entry(cell, tuple((file, line) for _, file, line in rows)))
+    place = Place(first.model, first.dtype, first.stress)
+    return Group(number, place, first.task, first.settings, tuple(entries))
+
+
+def _plain(entry: Entry) -> str:
+    """What a contender is called whatever side of it is coded."""
+    return entry.cell.first.method
+
+
+def _short(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else f"{value}"
