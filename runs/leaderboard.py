@@ -32,7 +32,7 @@ from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, Task, run
 from kvist.methods import get, parse
 from kvist.methods.parts import per_token
-from kvist.models.inject import inject
+from kvist.models.inject import inject, rounded
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Immediate
 
@@ -160,7 +160,7 @@ def measure(name: str, stress: str, data_dir: str, full: bool) -> None:
     folder = OUT / f"{name}-{stress}"
     folder.mkdir(parents=True, exist_ok=True)
     every = contenders(model, tokenizer, folder, data_dir, full)
-    place = Place.of(model.bfloat16(), "none" if stress == "plain" else stress)
+    place = Place.of(rounded(model, torch.bfloat16), "none" if stress == "plain" else stress)
     results = Results(OUT / f"{name}-{stress}.jsonl")
     for task in tasks(tokenizer, data_dir, full):
         some = [each for each in every if each.recipe or not task.recipes_only]

@@ -228,3 +228,13 @@ def test_training_mode_falls_back_on_dropout(asked):
     with kvist.attach(model):
         run(model, kvist.Cache(model, "kivi:2 recent=32"), steps=1)
     assert set(asked) == {"dense"}
+
+
+def test_without_the_switch_inference_mode_reads_the_same():
+    ids, found = tokens(2, 150), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            cache = kvist.Cache(tiny_llama(), "kivi:2 recent=32")
+            parts = [tiny_llama()(ids[:, i : i + 30], past_key_values=cache).logits for i in range(0, 150, 30)]
+            found.append(torch.cat(parts, 1))
+    assert torch.equal(*found)

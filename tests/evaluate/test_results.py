@@ -1,23 +1,23 @@
-"""Rows in a file: resuming, damage, and the summary by hand."""
+"""Rows in a file: resuming, damage, a full disk, and the summary by hand."""
 
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
-from kvist.evaluate.collect import Text, collect
 from models_tiny import tiny_llama, tokens
 
-from kvist.evaluate.results import Results, Row, recipe_digest, summary
+from kvist.evaluate.contenders import contender
+from kvist.evaluate.fidelity import Perplexity, Text
+from kvist.evaluate.results import Cell, Results, Row, described, digest_of
+from kvist.evaluate.summary import summary
+from kvist.evaluate.task import Place, run, spread
 from kvist.methods import parse
+from kvist.plan import Recipe
 
 TEXT = Text(tokens(3, 48), "tokens", "abc")
-RECIPES = {name: parse(name) for name in ("exact", "int4")}
-
-
-def row(window: int, method: str = "a", nll: float = 1.0, kl: float = 0.0, **more) -> Row:
-    fixed = {"model": "m", "dtype": "float32", "recipe": method, "mode": "stored", "source": "s", "data": "d"}
-    numbers = {"seqlen": 5, "tokens": 4, "agreement": 1.0, "bits": 4.0, "seconds": 0.1}
-    return Row(**fixed, **numbers, method=method, window=window, nll=nll, kl=kl, **more)
+METHODS = ("exact", "int4")
 
 
 class Counted:
@@ -37,45 +37,110 @@ class Counted:
         self.handle.remove()
 
 
+def measured(results, methods=METHODS, mode="stored", text=TEXT, model=None, items=None, stress="none", **options):
+    task = Perplexity(text, mode, **options)
+    return run(task, Place.of(model or tiny_llama(), stress), [contender(each) for each in methods], results, items)
+
+
+def kls(cells) -> list:
+    return [cell.values["kl"] for cell in cells]
+
+
 def test_a_second_run_measures_nothing(tmp_path):
-    model, file, told = tiny_llama(), tmp_path / "rows.jsonl", []
-    first = collect(model, TEXT, RECIPES, "stored", Results(file), tick=lambda *at: told.append(at))
-    assert told == [(n, 6) for n in range(7)] and len(file.read_text().splitlines()) == 6
-    with Counted(model) as counted:
-        again = collect(model, TEXT, RECIPES, "stored", Results(file))
-        assert counted.forwards == 0 and again == first
-        # other modes, methods and texts are other measurements
-        collect(model, TEXT, RECIPES, "simulated", Results(file))
-        collect(model, TEXT._replace(digest="abd"), RECIPES, "stored", Results(file))
-    assert counted.forwards == 2 * 9 and len(file.read_text().splitlines()) == 18
-    with Counted(model) as counted:
-        more = collect(model, TEXT, RECIPES | {"four": parse("int4"), "int8": parse("int8")}, "stored", Results(file))
+    file, told = tmp_path / "rows.jsonl", []
+    place, some = Place.of(tiny_llama()), [contender(each) for each in METHODS]
+    first = run(Perplexity(TEXT), place, some, Results(file), tick=lambda *at: told.append(at))
+    assert told == [("ppl", n, 6) for n in range(7)] and len(file.read_text().splitlines()) == 6
+    with Counted(tiny_llama()) as counted:
+        assert kls(measured(Results(file))) == kls(first) and counted.forwards == 0
+        # other modes, texts and stresses are other measurements
+        measured(Results(file), mode="simulated")
+        measured(Results(file), text=Text(TEXT.windows, "tokens", "abd"))
+        measured(Results(file), stress="mild")
+    assert counted.forwards == 3 * 9 and len(file.read_text().splitlines()) == 24
+    with Counted(tiny_llama()) as counted:
+        more = measured(Results(file), ("exact", "int4 group=0", "int8"))
     assert counted.forwards == 6  # the same recipe by another name is known
-    assert more["four"] == first["int4"] and len(more["int8"]) == 3
+    assert more[1].values == first[1].values and len(more[2].items) == 3
+
+
+def test_batches_and_parts_come_to_the_same(tmp_path):
+    whole = measured(Results(), batch=3)
+    results = Results(tmp_path / "rows.jsonl")
+    measured(results, items=[1])
+    for one, other in zip(measured(results, batch=2), whole, strict=True):
+        assert one.items == other.items == [0, 1, 2]
+        assert one.values["kl"] == pytest.approx(other.values["kl"], rel=0.02)
+        assert one.bits == other.bits
+    assert [len(rows) for rows in results.rows.values()] == [2, 2]
+
+
+def test_rows_say_what_decides_them():
+    results = Results()
+    measured(results, ("kivi:2",), stress="strong")
+    ((row,),) = ([rows[0] for rows in results.rows.values()],)
+    assert row.recipe["name"] == "kivi" and row.recipe["layers"][0]["key"]["codec"]["levels"]["bits"] == 2
+    assert row.stress == "strong" and set(row.versions) == {"kvist", "torch", "transformers"} and row.seconds > 0
+    assert row.settings["data"] == "abc" and row.metric == 1 and row.dtype == "float32" and "llama-" in row.model
+    assert Row.model_validate_json(row.line) == row
 
 
 def test_a_torn_line_is_measured_again(tmp_path):
-    model, file = tiny_llama(), tmp_path / "rows.jsonl"
-    whole = collect(model, TEXT, RECIPES, "stored", Results(file))
+    file = tmp_path / "rows.jsonl"
+    whole = measured(Results(file))
     lines = file.read_text().splitlines(keepends=True)
     for cut in (1, 40, len(lines[-1]) - 1):
         file.write_text("".join(lines[:-1]) + lines[-1][:cut])
-        results = Results(file)
-        assert len(results.rows) == 5
-        again = collect(model, TEXT, RECIPES, "stored", results)
-        assert [r.nll for rows in again.values() for r in rows] == [r.nll for rows in whole.values() for r in rows]
-        assert len(Results(file).rows) == 6 and all(map(json.loads, file.read_text().splitlines()))
+        assert kls(measured(Results(file))) == kls(whole)
+        assert sorted(map(len, Results(file).rows.values())) == [3, 3]
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    file, whole = tmp_path / "rows.jsonl", measured(Results())
+    opened = Path.open
+    left = [2]
+
+    class Full:
+        """A file that takes two rows, and half of the third."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, line):
+            left[0] -= 1
+            self.file.write(line if left[0] >= 0 else line[: len(line) // 2])
+
+        def flush(self):
+            self.file.flush()
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def tell(self):
+            return self.file.tell()
+
+    monkeypatch.setattr(Path, "open", lambda self, *args, **kw: Full(opened(self, *args, **kw)))
+    with pytest.raises(OSError, match=r"rows.jsonl could not be written: No space left.*goes on from there"):
+        measured(Results(file))
+    monkeypatch.undo()
+    assert len(file.read_text().splitlines()) == 2 and all(map(json.loads, file.read_text().splitlines()))
+    assert kls(measured(Results(file))) == kls(whole)
 
 
 def test_other_weights_are_another_model():
-    model, results = tiny_llama(), Results()
-    collect(model, TEXT, RECIPES, "stored", results)
-    collect(tiny_llama(layers=3), TEXT, RECIPES, "stored", results)
-    assert len(results.rows) == 12 and len({r.model for r in results.rows.values()}) == 2
+    results = Results()
+    measured(results)
+    measured(results, model=tiny_llama(layers=3))
+    assert len(results.rows) == 4 and len({rows[0].model for rows in results.rows.values()}) == 2
 
 
 def test_foreign_files_are_refused_and_left_alone(tmp_path):
-    for text in ("hello", "hello\n", '{"model": 1}\n', "[]\n"):
+    for text in ("hello", "hello\n", '{"task": 1}\n', "[]\n"):
         file = tmp_path / "other"
         file.write_text(text)
         with pytest.raises(ValueError, match="another --out"):
@@ -87,17 +152,48 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path):
         Results(tmp_path / "no" / "rows.jsonl")
 
 
-def test_the_digest_of_a_recipe():
+def test_a_value_per_item():
+    with pytest.raises(ValueError, match="kl has 1 values for 2 items"):
+        row("a", [0, 1], kl=[0.5])
+
+
+def test_digests_and_descriptions():
     same = parse("int4").model_copy(update={"prefill": "stored"})
-    assert recipe_digest(parse("int4")) == recipe_digest(same) != recipe_digest(parse("int4 group=32"))
+    assert digest_of(parse("int4")) == digest_of(same) != digest_of(parse("int4 group=32"))
+    assert described(parse("kivi:2")) == parse("kivi:2").model_dump(mode="json")
+
+
+def test_fitted_tables_are_told_by_their_hash():
+    from kvist.demo.model import recipe
+
+    made = recipe("kvquant:2")
+    text = json.dumps(described(made))
+    plain = made.model_dump()
+    low = list(plain["layers"][0]["key"]["codec"]["range"]["low"])
+    plain["layers"][0]["key"]["codec"]["range"]["low"] = (low[0] - 1, *low[1:])
+    assert len(text) < len(made.model_dump_json()) / 2
+    assert json.dumps(described(Recipe.model_validate(plain))) != text
+
+
+def test_items_are_spread_evenly():
+    task = Perplexity(Text(tokens(10, 8), "t", "d"))
+    assert spread(task, None) == list(range(10)) and spread(task, 99) == list(range(10))
+    assert spread(task, 5) == [0, 2, 4, 6, 8] and spread(task, 3) == [0, 3, 6]
+
+
+def row(method: str, items: list[int], **values) -> Row:
+    fixed = {"task": "ppl", "metric": 1, "settings": {}, "model": "m", "dtype": "float32", "device": "cpu"}
+    facts = {"stress": "none", "recipe": {}, "digest": method, "part": "both", "bits": 4.0, "seconds": 0.1}
+    return Row(**fixed, **facts, method=method, items=tuple(items), values=values)
 
 
 def test_summary_by_hand():
-    a = [row(0, "a", nll=4.0, kl=0.2), row(1, "a", nll=8.0, kl=0.4)]
-    b = [row(1, "b", nll=10.0, kl=0.1), row(0, "b", nll=6.0, kl=0.1), row(2, "b", nll=99.0)]
-    first, second = summary({"a": a, "b": b}, "a")
-    assert first["perplexity"]["value"] == pytest.approx(math.exp(12 / 8)) and first["windows"] == 2
-    assert second["perplexity"]["value"] == pytest.approx(math.exp(16 / 8)) and second["windows"] == 2
+    a = Cell([row("a", [0, 1], nll=[4.0, 8.0], tokens=[4, 4], kl=[0.2, 0.4])])
+    rows = [row("b", [1, 0], nll=[10.0, 6.0], tokens=[4, 4], kl=[0.1, 0.1])]
+    b = Cell([*rows, row("b", [2], nll=[99.0], tokens=[4], kl=[9.0])])
+    first, second = summary([a, b], "a")
+    assert first["perplexity"]["value"] == pytest.approx(math.exp(12 / 8)) and first["items"] == 2
+    assert second["perplexity"]["value"] == pytest.approx(math.exp(16 / 8)) and second["items"] == 2
     assert first["kl"]["value"] == pytest.approx(0.3) and second["kl"]["value"] == pytest.approx(0.1)
     # both windows say 2 nats in 4 tokens: the pair knows what neither does alone
     change = second["log_perplexity_difference"]
@@ -105,5 +201,7 @@ def test_summary_by_hand():
     assert second["perplexity"]["high"] > second["perplexity"]["low"]
     assert second["kl_difference"]["value"] == pytest.approx(-0.2)
     assert set(first["log_perplexity_difference"].values()) == {0.0}
-    with pytest.raises(ValueError, match="no window"):
-        summary({"a": a[:1], "b": b[:1]}, "a")
+    with pytest.raises(ValueError, match="no item"):
+        summary([a.among([0]), b.among([1])], "a")
+    with pytest.raises(ValueError, match="not measured"):
+        summary([a, b], "c")

@@ -41,6 +41,9 @@ class Handle(Tensor):
             if answer is not None:
                 return answer
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_inference_mode_enabled():  # where views of a tensor without data cannot be made
+                with torch.inference_mode(False), torch.no_grad():
+                    return func(*args, **kwargs)
             return func(*args, **kwargs)
 
     @classmethod

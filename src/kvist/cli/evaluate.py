@@ -201,12 +201,12 @@ def _loaded(model: str, device: str, dtype: str, stress: str, seed: int):
     name = str(FOLDER) if model == BUNDLED else model
     if stress == "none":
         return load(name, device, dtype)
-    from kvist.models.inject import inject
+    from kvist.models.inject import inject, rounded
 
     kind = precision(dtype)
     kind = (read_config(name).dtype or precision("float32")) if kind == "auto" else kind
     loaded, tokenizer = load(name, device, "float32")
-    return inject(loaded, stress, seed).to(kind), tokenizer  # pyright: ignore[reportArgumentType]
+    return rounded(inject(loaded, stress, seed), kind), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def _table(one: dict, model: str, stress: str, first: str):

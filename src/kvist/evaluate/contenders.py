@@ -17,6 +17,7 @@ from kvist.coding import Codec, Grouping, Raw
 from kvist.evaluate.results import described, digest_of
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.models.inject import rounded
 from kvist.plan import Recipe
 from kvist.types import Geometry
 
@@ -83,7 +84,7 @@ class Contender:
         if self.floor == SINGLE:
             return model
         if model not in _TWINS or _TWINS[model].dtype != getattr(torch, self.floor or ""):
-            _TWINS[model] = copy.deepcopy(model).to(getattr(torch, self.floor or ""))
+            _TWINS[model] = rounded(copy.deepcopy(model), getattr(torch, self.floor or ""))
         return _TWINS[model]
 
 

@@ -7,7 +7,7 @@ from kvist.evaluate import gsm8k, longbench, recall
 from kvist.evaluate.questions import KINDS
 from kvist.evaluate.results import Results, Row
 
-RULES = dict.fromkeys(KINDS, recall.rescored)
+RULES = dict.fromkeys(KINDS, recall.rescored) | {"gsm8k": gsm8k.rescored, "longbench": longbench.rescored}
 
 
 def rescore(path: Path) -> dict[str, int]:

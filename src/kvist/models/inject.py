@@ -76,6 +76,14 @@ def inject(model: nn.Module, strength: Literal["mild", "strong"], seed: int = 0)
     return model
 
 
+def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Change the parameters of `model` to another precision, and return it. Buffers, rotary frequencies among them,
+    stay as they are, as when a model is loaded in that precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     """The attention modules of the served layers, in order, if each is one that can be rewritten."""
     facts = describe(model)
