@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models_tiny import llama_config, padded, sharpen, tokens
+from models_tiny import llama_config, padded, sharpen, tiny_llama, tokens
 from transformers import AttentionInterface, DynamicCache, GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
