@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/measured.md", "docs/kvquant.md", "docs/kvmix.md")
 SHAPE = Geometry(8, 128, 128, torch.bfloat16)
 LENGTHS = {"4K": 4096, "128K": 131072}  # tokens
-PICTURE = "docs/demo.png"
+PICTURE = "runs/leaderboard/pareto.png"
 
 
 def catalogue() -> str:
@@ -49,10 +49,10 @@ def catalogue() -> str:
 
 
 def picture() -> str | None:
-    """The demo's picture, once there is one."""
+    """The leaderboard's picture, once there is one."""
     if not (ROOT / PICTURE).exists():
         return None
-    return f"![Quality against bytes of every method, measured by the demo]({PICTURE})"
+    return f"![KL from the exact cache against stored bits, of every method, with its noise floor]({PICTURE})"
 
 
 PARTS: dict[str, Callable[[], str | None]] = {
