@@ -10,6 +10,7 @@ out from training, in bf16.
 """
 
 import argparse
+import json
 import lzma
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from kvist.evaluate.horizon import Horizon
 from kvist.evaluate.nuisance import Nuisance
 from kvist.evaluate.recall import Haystack, Recall
 from kvist.evaluate.results import Results
+from kvist.evaluate.statistics import difference
 from kvist.evaluate.task import Place, Task, run
 from kvist.methods import get, parse
 from kvist.methods.parts import per_token
@@ -180,22 +182,69 @@ def check(data_dir: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     windows = text.windows(tokenizer, text.texts("novels", data_dir, "test"), SEQLEN, 4)
-    found = gates(model, windows)
+    found = gates(model, windows) + [_ablation(stress) for stress in ("plain", "mild", "strong")]
     write_json(OUT / "gates.json", found)
     for gate in found:
         print(f"{'holds' if gate['holds'] else 'FAILS'}: {gate['gate']}: {gate['found']}")
+
+
+def _ablation(stress: str) -> dict:
+    """Is each part of KVQuant worth what the paper's order says? From runs/kvquant.json: the divergence with the part
+    left out over that with all parts, 3 bits and 1 %."""
+    rows = json.loads((HERE / "kvquant.json").read_text())["rows"]
+    kls = {
+        row["method"]: row["kl"]["value"]
+        for row in rows
+        if (row["variant"], row["text"], row["mode"]) == (stress, "novels", "simulated")
+    }
+    whole, turned = kls["nuq3-1%"], kls["nuq3-1%, post-RoPE"]
+    worth = {
+        "keys per channel": kls["nuq3-1%, keys per token, post-RoPE"] / turned,
+        "keys before RoPE": turned / whole,
+        "non-uniform levels": kls["int3-1%"] / whole,
+        "1 % outliers": kls["nuq3"] / whole,
+    }
+    return {
+        "gate": f"kvquant, {stress}: parts are worth what the paper's order says ({' > '.join(worth)})",
+        "holds": list(worth.values()) == sorted(worth.values(), reverse=True),
+        "found": "KL without over KL with: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in worth.items()),
+    }
+
+
+def _beside(path: Path) -> dict | None:
+    """LogQuant and a plain recent window of as many bytes, on the same windows."""
+    cells = {cell.method: cell for cell in Results(path).cells() if cell.first.task == "fidelity"}
+    if not {"logquant:2", "sinks + recent (control)"} <= cells.keys():
+        return None
+    log, recent = cells["logquant:2"], cells["sinks + recent (control)"]
+    change = difference(log.values["kl"], recent.values["kl"], SEED)
+    return {
+        "gate": f"{path.stem}: logquant:2 diverges less than 4 sinks and a recent window of as many bytes",
+        "holds": change.high is not None and change.high < 0,
+        "found": f"{log.bits:.2f} and {recent.bits:.2f} bits; KL {sum(log.values['kl']) / len(log.items):.4f} and "
+        f"{sum(recent.values['kl']) / len(recent.items):.4f}, paired difference {change}",
+    }
 
 
 def pack() -> None:
     """What was measured, compressed, into the repository; `kvist report runs/leaderboard` draws it."""
     target = HERE / "leaderboard"
     target.mkdir(exist_ok=True)
+    found = json.loads((OUT / "gates.json").read_text()) if (OUT / "gates.json").exists() else []
     for path in sorted(OUT.glob("*.jsonl")):
         with replacing(target / f"{path.name}.xz") as scratch:
             scratch.write_bytes(lzma.compress(path.read_bytes(), preset=9))
-    if (OUT / "gates.json").exists():
-        with replacing(target / "gates.json") as scratch:
-            scratch.write_bytes((OUT / "gates.json").read_bytes())
+        found += filter(None, [_beside(path)])
+    write_json(target / "gates.json", found)
+
+
+def unpack() -> None:
+    """What an earlier run packed is where this one goes on."""
+    for path in (HERE / "leaderboard").glob("*.jsonl.xz"):
+        target = OUT / path.name.removesuffix(".xz")
+        if not target.exists():
+            with replacing(target) as scratch:
+                scratch.write_bytes(lzma.decompress(path.read_bytes()))
 
 
 def main() -> None:
@@ -212,6 +261,7 @@ def main() -> None:
         parser.error("--data-dir is needed: a folder of data to calibrate and to score on")
     torch.set_num_threads(given.threads)
     OUT.mkdir(parents=True, exist_ok=True)
+    unpack()
     if given.what == "gates":
         return check(given.data_dir)
     if given.what == "all":

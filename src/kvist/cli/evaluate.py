@@ -135,7 +135,7 @@ def evaluate(
     documents = suite.documents(names, options)
     loaded, tokenizer = _loaded(model, device, dtype, stress, seed)
     wanted = suite.tasks(names, options, documents, loaded, tokenizer)
-    place, found = Place.of(loaded, stress), []
+    place, found = Place.of(loaded, stress, seed), []
     with Bars() as bars:
         for task in wanted:
             some = contenders + (suite.floors(task, loaded) if floor else [])

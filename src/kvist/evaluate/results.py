@@ -27,7 +27,7 @@ class Row(Part):
     planted in it, or "none". method: what the contender was called; recipe: its JSON, fitted tables by their hash;
     digest: a hash of all of it; part: "both", or the one side that is coded. bits: allocated bits per cached number,
     mean over the items, measured from the storage. items: their numbers; values: per name a value per item. seconds:
-    of the forward passes, over all items.
+    of the forward passes, over all items. seed: of planted outliers; that of questions stands in the settings.
     """
 
     task: str
@@ -45,6 +45,7 @@ class Row(Part):
     items: tuple[int, ...]
     values: dict[str, list]
     seconds: float
+    seed: int = 0
     versions: dict[str, str] = {}
 
     @model_validator(mode="after")

@@ -49,15 +49,16 @@ class Task(Protocol):
 
 
 class Place(NamedTuple):
-    """The model that is measured: its name and fingerprint, and the outliers planted in it."""
+    """The model that is measured: its name and fingerprint, the outliers planted in it, and their seed."""
 
     model: Any
     name: str
     stress: str = "none"
+    seed: int = 0
 
     @classmethod
-    def of(cls, model, stress: str = "none") -> "Place":
-        return cls(model, f"{describe(model).identity.name}-{fingerprint(model)[:16]}", stress)
+    def of(cls, model, stress: str = "none", seed: int = 0) -> "Place":
+        return cls(model, f"{describe(model).identity.name}-{fingerprint(model)[:16]}", stress, seed)
 
 
 def run(
@@ -120,6 +121,7 @@ def _facts(task: Task, place: Place, contender: Contender) -> dict[str, Any]:
         "recipe": contender.description,
         "digest": contender.digest,
         "part": contender.part,
+        "seed": place.seed,
         "versions": {"kvist": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
