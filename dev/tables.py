@@ -11,6 +11,7 @@ DEMO = ("runs/demo.json", "out/demo/results.json")  # the first that exists
 DECODE = ("runs/decode.json",)
 PASSIVE = ("runs/decode-passive.json",)
 ENCODE = ("runs/encode.json",)
+ANATOMY = ("runs/anatomy.json",)
 KVMIX = ("runs/kvmix.json",)
 KVMIX_WINDOW = ("runs/kvmix-window.json",)
 KVQUANT = ("runs/kvquant.json",)
@@ -212,6 +213,22 @@ def kvmix_window() -> str | None:
         lines.append([f"{row['ratio']:.0%} of {row['ratio of']}", *cells, f"{low} to {high}"])
     head = ["window", *(f"step {step}" for step in steps), "last 64 steps"]
     return table(head, lines, "l" + "r" * (len(head) - 1))
+
+
+def anatomy() -> str | None:
+    """What makes the caches of the leaderboard's models hard to code."""
+    found = _read(ANATOMY)
+    if found is None:
+        return None
+    columns = {
+        "attention on the first token": lambda seen: f"{seen['sink_mass']:.1%}",
+        "heads with a sink": lambda seen: f"{seen['sink_heads']:.0%}",
+        "keys: largest channel over median": lambda seen: f"{seen['keys_largest']:.1f}",
+        "keys: most constant, std from zero": lambda seen: f"{seen['keys_offset']:.1f}",
+        "values: largest channel over median": lambda seen: f"{seen['values_largest']:.1f}",
+    }
+    rows = [[name, *(cell(seen) for cell in columns.values())] for name, seen in found.items()]
+    return table(["model", *columns], rows, "l" + "r" * len(columns))
 
 
 def throughput(name: str) -> str | None:

@@ -23,6 +23,7 @@ from kvist.calibrate import budget, text
 from kvist.calibrate.run import calibrate
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import FOLDER
+from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.contenders import Contender, contender, floors, parted
 from kvist.evaluate.fidelity import Fidelity, Perplexity, Text
 from kvist.evaluate.gates import gates
@@ -161,6 +162,10 @@ def measure(name: str, stress: str, data_dir: str, full: bool) -> None:
         inject(model, stress, SEED)
     folder = OUT / f"{name}-{stress}"
     folder.mkdir(parents=True, exist_ok=True)
+    documents = text.texts("novels", data_dir, "test")
+    seen = anatomy(model, text.windows(tokenizer, documents, 1024, 4))
+    write_json(folder / "anatomy.json", seen)
+    print("\n".join([f"{name} {stress}", *(f"  {sentence}" for sentence in sentences(seen))]), flush=True)
     every = contenders(model, tokenizer, folder, data_dir, full)
     place = Place.of(rounded(model, torch.bfloat16), "none" if stress == "plain" else stress)
     results = Results(OUT / f"{name}-{stress}.jsonl")
@@ -236,6 +241,8 @@ def pack() -> None:
             scratch.write_bytes(lzma.compress(path.read_bytes(), preset=9))
         found += filter(None, [_beside(path)])
     write_json(target / "gates.json", found)
+    anatomies = {path.parent.name: json.loads(path.read_text())["summary"] for path in OUT.glob("*/anatomy.json")}
+    write_json(HERE / "anatomy.json", dict(sorted(anatomies.items())))
 
 
 def unpack() -> None:

@@ -17,6 +17,8 @@ from transformers import DynamicCache
 from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.demo.documents import Document
+from kvist.evaluate.contenders import fill
+from kvist.evaluate.generation import forward, states_of
 from kvist.plan import Recipe
 
 SPEED_TOKENS = 5  # decoded one by one after each document, for the speed
@@ -73,14 +75,12 @@ def _prompt(model, document: Document) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of a document, per layer, as the model computes them."""
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
-    return [(torch.as_tensor(keys), torch.as_tensor(values)) for keys, values, *_ in cache]
+    return states_of(cache)
 
 
 def _filled(model, recipe: Recipe, document: Document, prompt: list[tuple[Tensor, Tensor]]) -> Cache:
     cache = Cache(model, recipe, reserve=len(document.ids) + ROOM)
-    cache.announce(1, len(document.ids), None)
-    for i, (keys, values) in enumerate(prompt):
-        cache.update(keys, values, i)
+    fill(cache, prompt, None)
     return cache
 
 
@@ -91,8 +91,8 @@ def _answers(model, cache: Cache, document: Document) -> list[Tensor]:
     given, told = _padded([q.answer_ids[:-1] for q in questions], left=False)
     mask = torch.cat([torch.ones(len(questions), past, dtype=torch.long), seen, told], dim=1)
     cache.batch_repeat_interleave(len(questions))
-    first = _forward(model, cache, asked, mask[:, : past + asked.shape[1]])[:, -1:]
-    logits = torch.cat([first, _forward(model, cache, given, mask)], dim=1).float()
+    first = forward(model, cache, asked, mask[:, : past + asked.shape[1]], 1)
+    logits = torch.cat([first, forward(model, cache, given, mask)], dim=1).float()
     return [row[: len(q.answer_ids)] for row, q in zip(logits, questions, strict=True)]
 
 
@@ -104,11 +104,6 @@ def _padded(sequences: list[tuple[int, ...]], left: bool) -> tuple[Tensor, Tenso
         at = slice(width - len(sequence), width) if left else slice(0, len(sequence))
         ids[row, at], mask[row, at] = torch.tensor(sequence), 1
     return ids, mask
-
-
-def _forward(model, cache: Cache, ids: Tensor, mask: Tensor) -> Tensor:
-    positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp_min(0)
-    return model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions).logits
 
 
 def _speed(model, cache: Cache, last: int) -> list[float]:

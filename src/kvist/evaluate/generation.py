@@ -8,7 +8,7 @@ chunks.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -93,32 +93,47 @@ def read(model, cache: TransformersCache, ids: Tensor, mask: Tensor, chunk: int,
 def forward(model, cache: TransformersCache, ids: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
     """Logits of the last `keep` tokens, all for 0. Positions count the tokens of a row, not its padding."""
     positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp_min(0)
-    whole = None if bool(mask.all()) else mask
-    out = model(ids, past_key_values=cache, attention_mask=whole, position_ids=positions, logits_to_keep=keep)
+    out = model(ids, past_key_values=cache, attention_mask=whole(mask), position_ids=positions, logits_to_keep=keep)
     return out.logits
 
 
-def attached(model, contender: Contender | None):
-    """Attention on packed pages, for caches that have them."""
-    return attach(model) if contender and contender.recipe else nullcontext()
+@contextmanager
+def living(
+    model, contender: Contender, room: int, prefill: Prefill = "exact", packed: bool = True
+) -> Iterator[TransformersCache]:
+    """An empty cache of a contender, with room for so many tokens per row; `packed`: attention reads packed pages."""
+    cache = contender.cache(model, room, prefill)
+    try:
+        with attach(model) if packed and contender.recipe else nullcontext():
+            yield cache
+    finally:
+        if isinstance(cache, Cache):
+            cache.close()
+
+
+def steps(model, cache: TransformersCache, ids: Tensor, mask: Tensor, start: int, step: int) -> Iterator[Tensor]:
+    """Logits (B, n, vocabulary) of tokens `start`, … of `ids` (B, T), `step` of them in each forward; mask (B, T)."""
+    for first in range(start, ids.shape[1], step):
+        last = min(first + step, ids.shape[1])
+        yield forward(model, cache, ids[:, first:last], mask[:, :last])
 
 
 def _answers(model, tokenizer, i: int, contender: Contender, prompts, read_: Read, prefill: Prefill, chunk: int):
     room = read_.ids.shape[1] + max(len(p.question) + p.most for p in prompts)
-    cache = contender.cache(model, room, prefill)
-    try:
-        with attached(model, contender):
-            if read_.states is None:
-                read(model, cache, read_.ids, read_.mask, chunk)
-            else:
-                fill(cache, read_.states, None if bool(read_.mask.all()) else read_.mask)
-            size = bits(cache, describe(model).shape, len(prompts))
-            began = time.perf_counter()
-            texts = _decode(model, tokenizer, cache, read_.mask, prompts)
-            return Answers(i, size, time.perf_counter() - began, texts)
-    finally:
-        if isinstance(cache, Cache):
-            cache.close()
+    with living(model, contender, room, prefill) as cache:
+        if read_.states is None:
+            read(model, cache, read_.ids, read_.mask, chunk)
+        else:
+            fill(cache, read_.states, whole(read_.mask))
+        size = bits(cache, describe(model).shape, len(prompts))
+        began = time.perf_counter()
+        texts = _decode(model, tokenizer, cache, read_.mask, prompts)
+    return Answers(i, size, time.perf_counter() - began, texts)
+
+
+def whole(mask: Tensor) -> Tensor | None:
+    """A mask, or None where nothing is masked."""
+    return None if bool(mask.all()) else mask
 
 
 def _decode(model, tokenizer, cache: TransformersCache, mask: Tensor, prompts: Sequence[Prompt]) -> list[str]:

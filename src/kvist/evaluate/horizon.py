@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, fill
 from kvist.evaluate.fidelity import BUCKET, Text, curve
-from kvist.evaluate.generation import attached, forward, read, states_of
+from kvist.evaluate.generation import forward, living, read, states_of, steps
 from kvist.evaluate.task import Measured
 from kvist.evaluate.tokenwise import Exact, compared, exact, score
 
@@ -86,19 +85,12 @@ class Horizon:
     def _at_once(self, model, contender: Contender, known: Exact, states, step: int) -> Tensor:
         """Divergence (B, probe) of the tokens after `step` decoded ones, all history quantized in one update."""
         start = known.prompt + step
-        end = min(start + self.probe, known.ids.shape[1])
-        cache = contender.cache(model, end)
-        try:
-            with attached(model, contender):
-                fill(cache, [(keys[:, :, :start], values[:, :, :start]) for keys, values in states], None)
-                parts = []
-                for first in range(start, end, self.step):
-                    last = min(first + self.step, end)
-                    logits = forward(model, cache, known.ids[:, first:last], known.mask[:, :last])
-                    parts.append(compared(known, logits, first).kl)
-        finally:
-            if isinstance(cache, Cache):
-                cache.close()
+        ids, parts = known.ids[:, : start + self.probe], []
+        with living(model, contender, ids.shape[1]) as cache:
+            fill(cache, [(keys[:, :, :start], values[:, :, :start]) for keys, values in states], None)
+            for logits in steps(model, cache, ids, known.mask, start, self.step):
+                parts.append(compared(known, logits, start).kl)
+                start += logits.shape[1]
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
@@ -119,18 +111,11 @@ class Horizon:
     def _parted(self, model, contender: Contender, written) -> list[int]:
         """Per row, how many tokens are written before the first other one; all of them where there is none."""
         ids, states, text = written
-        past = ids.shape[1] - 1
-        cache = contender.cache(model, past + text.shape[1])
-        same = []
-        try:
-            with attached(model, contender):
-                fill(cache, states, None)
-                for first in range(0, self.free, self.step):
-                    last = min(first + self.step, self.free)
-                    mask = torch.ones(len(ids), past + last, dtype=torch.long, device=ids.device)
-                    chosen = forward(model, cache, text[:, first:last], mask).argmax(-1)
-                    same.append(chosen == text[:, first + 1 : last + 1])
-        finally:
-            if isinstance(cache, Cache):
-                cache.close()
+        past, same, first = ids.shape[1] - 1, [], 0
+        ids = torch.cat([ids[:, :-1], text[:, :-1]], dim=1)
+        with living(model, contender, ids.shape[1]) as cache:
+            fill(cache, states, None)
+            for logits in steps(model, cache, ids, torch.ones_like(ids), past, self.step):
+                first += logits.shape[1]
+                same.append(logits.argmax(-1) == text[:, first - logits.shape[1] + 1 : first + 1])
         return torch.cat(same, dim=1).long().cumprod(1).sum(1).tolist()

@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, bits, fill
 from kvist.evaluate.fidelity import Text
-from kvist.evaluate.generation import attached, forward
+from kvist.evaluate.generation import living, steps, whole
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tokenwise import Exact, compared, exact, whole
+from kvist.evaluate.tokenwise import Exact, compared, exact
 from kvist.models.adapter import describe
 
 PADDING = 13  # slots: no multiple of a group or a page
@@ -73,15 +72,7 @@ class Nuisance:
     def _logits(self, model, contender: Contender, known: Exact) -> tuple[Tensor, float]:
         """A contender's logits (B, T, vocabulary) behind the prompt, and its bits."""
         batch, length = known.ids.shape
-        cache = contender.cache(model, length)
-        try:
-            with attached(model, contender):
-                fill(cache, known.states, whole(known.mask[:, : known.prompt]))
-                parts = []
-                for start in range(known.prompt, length, self.step):
-                    end = min(start + self.step, length)
-                    parts.append(forward(model, cache, known.ids[:, start:end], known.mask[:, :end]))
+        with living(model, contender, length) as cache:
+            fill(cache, known.states, whole(known.mask[:, : known.prompt]))
+            parts = list(steps(model, cache, known.ids, known.mask, known.prompt, self.step))
             return torch.cat(parts, dim=1), bits(cache, describe(model).shape, batch)
-        finally:
-            if isinstance(cache, Cache):
-                cache.close()

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, bits, fill, packed
-from kvist.evaluate.generation import attached, forward, read, states_of
+from kvist.evaluate.generation import forward, living, read, states_of, steps, whole
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
 from kvist.plan import Recipe
@@ -93,21 +92,16 @@ def score(model, known: Exact, contenders: Sequence[Contender], mode: Mode, step
 
 def _stored(model, i: int, contender: Contender, known: Exact, step: int | None) -> Scores:
     batch, length = known.ids.shape
-    cache = contender.cache(model, length, "exact" if step else "stored")
-    parts, behind, began = [], [], time.perf_counter()
-    try:
-        with attached(model, contender if step else None):
-            if known.prompt:
-                fill(cache, known.states, whole(known.mask[:, : known.prompt]))
-            for start in range(known.prompt, length, step or length):
-                end = min(start + (step or length), length)
-                logits = forward(model, cache, known.ids[:, start:end], known.mask[:, :end])
-                parts.append(compared(known, logits, start))
-                behind.append(torch.full((parts[-1].kl.shape[1],), packed(cache)))
+    parts, behind, began, start = [], [], time.perf_counter(), known.prompt
+    # in one update every query reads the whole cache: one decode for all is faster than packed attention
+    with living(model, contender, length, "exact" if step else "stored", packed=bool(step)) as cache:
+        if known.prompt:
+            fill(cache, known.states, whole(known.mask[:, : known.prompt]))
+        for logits in steps(model, cache, known.ids, known.mask, known.prompt, step or length):
+            parts.append(compared(known, logits, start))
+            behind.append(torch.full((parts[-1].kl.shape[1],), packed(cache)))
+            start += logits.shape[1]
         size = bits(cache, describe(model).shape, batch)
-    finally:
-        if isinstance(cache, Cache):
-            cache.close()
     return Scores(i, joined(parts), torch.cat(behind), size, time.perf_counter() - began)
 
 
@@ -155,11 +149,6 @@ def tokenwise(after: Tensor, exact: Tensor, logits: Tensor) -> Tokens:
 def joined(parts: Sequence[Tokens]) -> Tokens:
     """Scores of consecutive tokens."""
     return Tokens(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
-
-
-def whole(mask: Tensor) -> Tensor | None:
-    """A mask, or None where nothing is masked."""
-    return None if bool(mask.all()) else mask
 
 
 def packed_bits(recipe: Recipe, facts: Model) -> float:
