@@ -40,8 +40,9 @@ from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Immediate
 
 HERE, OUT = Path(__file__).parent, Path("out/runs-leaderboard")
-MODELS = {"kvist-6m": FOLDER, "bias-1to1-64": HERE.parent / "references" / "bias-1to1-64"}
-MORE = {"norm-4to1-128": HERE.parent / "references" / "norm-4to1-128"}
+REFERENCES = HERE.parent / "references"
+MODELS = {"kvist-6m": FOLDER, "reference-bias-1to1-64": REFERENCES / "bias-1to1-64"}
+MORE = {"reference-norm-4to1-128": REFERENCES / "norm-4to1-128"}
 STRESSES = ("plain", "strong")
 SEED, BATCH, STEP = 0, 8, 32
 WINDOWS, SEQLEN, PROMPT = 64, 2048, 1792
