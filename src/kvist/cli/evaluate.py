@@ -93,8 +93,10 @@ def evaluate(
     draws what --out holds. Examples: kvist eval bundled -m kivi:2 -m int4 --tasks fidelity,needle --data book.txt;
     kvist eval ./my-model -m 'kvquant artifact=DIR' -t ppl --lengths 8K,32K --out results
     """
-    if list_tasks or rescore:
-        return _tasks() if list_tasks else _rescore(rescore, json)
+    if list_tasks:
+        return _tasks()
+    if rescore:
+        return _rescore(rescore, json)
     if model is None:
         raise ValueError("expected a model's folder, its name on the Hugging Face Hub, or 'bundled', found none")
     if stress not in STRESS:

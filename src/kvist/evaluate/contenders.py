@@ -139,7 +139,7 @@ def bits(cache: TransformersCache, shape: Geometry, batch: int) -> float:
     """Allocated bits per cached number of layers of this shape, measured from the tensors that a cache holds."""
     if isinstance(cache, Cache):
         return cache.report().bits_per_element
-    tokens = batch * sum(layer.get_seq_length() for layer in cache.layers)
+    tokens = batch * sum(cache.get_seq_length(i) for i in range(len(cache.layers)))
     return 8 * held(cache) / (tokens * shape.heads * (shape.key_dim + shape.value_dim))
 
 

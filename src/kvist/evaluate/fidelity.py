@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Windows:
     step: int | None = None
     chunk: int = 8192
     batch: int = 1
-    metric: ClassVar[int] = 1
+    metric = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Windows:
 class Perplexity(Windows):
     """Likelihood and divergence per window, of the tokens behind the prompt."""
 
-    name: ClassVar[str] = "ppl"
+    name = "ppl"
 
     def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
         for found in self.scores(model, contenders, items):
@@ -77,7 +77,7 @@ class Perplexity(Windows):
 class Fidelity(Windows):
     """Divergence per window: its mean, its distribution, its course, and where nothing was packed yet."""
 
-    name: ClassVar[str] = "fidelity"
+    name = "fidelity"
 
     def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
         for found in self.scores(model, contenders, items):

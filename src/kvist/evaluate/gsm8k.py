@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
@@ -36,9 +36,9 @@ class GSM8K:
     prefill: Prefill = "exact"
     chunk: int = 8192
     batch: int = 8
-    name: ClassVar[str] = "gsm8k"
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = False
+    name = "gsm8k"
+    metric = 1
+    recipes_only = False
 
     def __post_init__(self) -> None:
         if self.chat:

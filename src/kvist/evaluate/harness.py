@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
@@ -31,8 +31,8 @@ class Harness:
     limit: int | None = None
     chat: bool = False
     batch: int = 8
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = True
+    metric = 1
+    recipes_only = True
 
     @property
     def name(self) -> str:

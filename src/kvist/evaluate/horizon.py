@@ -9,7 +9,7 @@ written the same, so that this step is where free-running texts part.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class Horizon:
     free: int = 0
     chunk: int = 8192
     batch: int = 1
-    name: ClassVar[str] = "horizon"
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = False
+    name = "horizon"
+    metric = 1
+    recipes_only = False
 
     @property
     def settings(self) -> dict[str, Any]:

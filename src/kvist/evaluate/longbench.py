@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
@@ -42,8 +42,8 @@ class LongBench:
     prefill: Prefill = "exact"
     chunk: int = 8192
     batch: int = 1
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = False
+    metric = 1
+    recipes_only = False
 
     def __post_init__(self) -> None:
         known = datasets() + datasets(extended=True)

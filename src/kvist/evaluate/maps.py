@@ -37,10 +37,9 @@ def draw(measured: Sequence[tuple[str, Sequence[Cell]]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * min(ACROSS, len(panels)) + 0.8, 2.6 * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     every = figure.subplots(rows, min(ACROSS, len(panels)), squeeze=False)
-    image = None
     for ax, (task, cell) in zip(every.flat, panels, strict=False):
         lengths, depths, scores = grid(cell)
-        image = ax.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        ax.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         for (i, j), score in np.ndenumerate(scores):
             if not np.isnan(score):
                 ax.text(j, i, f"{score:.0%}", ha="center", va="center", fontsize=7, color="w" if score < 0.6 else "k")
@@ -51,6 +50,6 @@ def draw(measured: Sequence[tuple[str, Sequence[Cell]]], path: Path) -> None:
         ax.set_ylabel("depth", fontsize=8)
     for ax in every.flat[len(panels) :]:
         ax.set_axis_off()
-    figure.colorbar(image, ax=every, label="share of what is expected", fraction=0.03)
+    figure.colorbar(every.flat[0].images[0], ax=every, label="share of what is expected", fraction=0.03)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110, format="png")

@@ -7,7 +7,7 @@ the floor, and shifts should have intervals that include zero.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,10 @@ class Nuisance:
     text: Text
     prompt: int
     step: int = 32
-    batch: ClassVar[int] = 1
-    name: ClassVar[str] = "nuisance"
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = False
+    batch = 1
+    name = "nuisance"
+    metric = 1
+    recipes_only = False
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from kvist.calibrate.text import BLANK, WIDE, digest, encode
 from kvist.evaluate import questions
@@ -84,8 +84,8 @@ class Recall:
     prefill: Prefill = "exact"
     chunk: int = 8192
     batch: int = 8
-    metric: ClassVar[int] = 1
-    recipes_only: ClassVar[bool] = False
+    metric = 1
+    recipes_only = False
 
     @property
     def name(self) -> str:

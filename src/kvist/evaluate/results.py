@@ -105,7 +105,7 @@ def digest_of(recipe: Recipe) -> str:
 def described(recipe: Recipe) -> dict:
     """A recipe's JSON in which long lists of numbers, fitted to a model, are replaced by their hash."""
 
-    def short(x):
+    def short(x: Any) -> Any:
         if isinstance(x, dict):
             return {name: short(part) for name, part in x.items()}
         if isinstance(x, list | tuple):

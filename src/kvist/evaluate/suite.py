@@ -122,12 +122,14 @@ def tasks(names: Sequence[str], options: Options, documents: list[str], model, t
 
 
 def _benchmark(name: str, options: Options, tokenizer, longest: int) -> list[Task]:
-    given: Any = {"data_dir": options.data_dir, "chat": options.chat, "prefill": options.prefill}
+    given: dict[str, Any] = {"data_dir": options.data_dir, "chat": options.chat, "prefill": options.prefill}
     given |= {"chunk": options.chunk, "batch": options.batch}
+    if options.shots is not None and name == "gsm8k":
+        given["shots"] = options.shots
     if name == "gsm8k":
         from kvist.evaluate.gsm8k import GSM8K
 
-        return [GSM8K(tokenizer, longest, **given, **({} if options.shots is None else {"shots": options.shots}))]
+        return [GSM8K(tokenizer, longest, **given)]
     from kvist.evaluate.longbench import LongBench, datasets
 
     whole = {LONGBENCH: False, LONGBENCH_E: True}

@@ -32,12 +32,23 @@ class Task(Protocol):
     that decides its items and how they are measured, as JSON. count: of items. batch: items that go through the model
     together, if they are of one kin. recipes_only: whether a contender must be a recipe."""
 
-    name: str
-    metric: int
-    settings: dict[str, Any]
-    count: int
-    batch: int
-    recipes_only: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> int: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def recipes_only(self) -> bool: ...
 
     def kin(self, item: int) -> Any:
         """What must be equal for items that go through the model together."""
