@@ -146,8 +146,8 @@ def load(source: str | Path) -> list[Group]:
         raise ValueError(f"no results in {source}: expected .jsonl files as `kvist eval --out {source}` writes them")
     groups = [_group(number, list(cells.values())) for number, cells in enumerate(found.values(), 1)]
     places = list(dict.fromkeys(group.place for group in groups))
-    names = list(dict.fromkeys(place.model for place in places))
-    return sorted(groups, key=lambda group: (names.index(group.place.model), places.index(group.place)))
+    names = list(dict.fromkeys(place.name for place in places))
+    return sorted(groups, key=lambda group: (names.index(group.place.name), places.index(group.place)))
 
 
 def titles(groups: Sequence[Group]) -> dict[int, str]:

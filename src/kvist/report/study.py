@@ -44,10 +44,10 @@ class Study:
 
     @cached_property
     def models(self) -> list[list[Place]]:
-        """Places of one model and precision together."""
+        """Places of one model and precision together; planted outliers change its fingerprint, not its name."""
         found: dict[tuple[str, str], list[Place]] = {}
         for place in self.places:
-            found.setdefault((place.model, place.dtype), []).append(place)
+            found.setdefault((place.name, place.dtype), []).append(place)
         return list(found.values())
 
     @cached_property
