@@ -52,6 +52,8 @@ def test_names_of_tasks():
     for wrong in ("riddles", "ppl,riddles", "lm-eval:NAME"):
         with pytest.raises(ValueError, match="no task is called"):
             named(wrong)
+    with pytest.raises(ValueError, match="names of tasks"):
+        named(" ,")
 
 
 @pytest.mark.parametrize("mode", ["simulated", "stored"])
@@ -69,6 +71,19 @@ def test_perplexity_and_resuming(mode, book, tmp_path):
     lines = (out / "results.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all(json.loads(line)["settings"]["mode"] == mode for line in lines)
     assert tasks(*words)["ppl"] == found and (out / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_another_name_of_what_is_known(book, tmp_path):
+    words = ["--data", book, "-n", "2", "--tasks", "ppl", "--seqlen", "64", "--out", str(tmp_path / "out")]
+    first, second = (tasks(*words, "-m", name)["ppl"]["results"] for name in ("int4", "int4 group=0"))
+    assert second[1]["method"] == "int4 group=0" and second[1] | {"method": "int4"} == first[1]
+
+
+def test_one_side_alone(book):
+    words = ["--data", book, "-n", "2", "--tasks", "ppl", "--seqlen", "64", "-m", "int4", "-m", "int8"]
+    found = tasks(*words, "--parts", "keys")["ppl"]["results"]
+    assert [(row["method"], row["part"]) for row in found] == [("exact", "both"), ("int4", "keys"), ("int8", "keys")]
+    assert found[1]["kl_difference"]["value"] == 0 > found[2]["kl_difference"]["value"]
 
 
 def test_many_tasks_at_once(book, tmp_path):
@@ -107,6 +122,8 @@ def test_long_windows_and_limits(book):
     assert [one["settings"]["seqlen"] for one in found] == [96, 128]
     assert [one["settings"]["prompt"] for one in found] == [48, 64]
     assert all(one["results"][0]["items"] == 1 for one in found)
+    (shortest,) = json.loads(call(*words, "--lengths", "2", "--json").stdout)["tasks"]
+    assert shortest["results"][0]["perplexity"]["value"] > 1
 
 
 def test_the_table(book):
@@ -130,6 +147,9 @@ def test_refusals(book, tmp_path):
     assert "needs" in refused(*base, "-m", "kvquant")
     assert "to score" in refused(*base, "--prompt", "96")
     assert "ends in .png" in refused(*base, "--plot", "maps.jpg")
+    assert "--plot draws answers" in refused(*base, "--plot", str(tmp_path / "maps.png"), "--out", str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
+    assert "at least 4 tokens" in refused("--data", book, "-t", "horizon", "--seqlen", "3")
     (tmp_path / "foreign").write_text("hello\n")
     assert "--out is a folder" in refused(*base, "--out", str(tmp_path / "foreign"))
     (tmp_path / "results.jsonl").write_text("hello\n")

@@ -20,6 +20,8 @@ from kvist.evaluate.questions import KINDS, draw
 from kvist.evaluate.recall import Haystack, Recall, plant, rescored
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.methods import parse
+from kvist.models.adapter import describe
 
 EXACT = [contender("exact")]
 
@@ -122,7 +124,8 @@ def test_the_bundled_model_finds_a_needle(bundled, hay):
 class Numbers:
     """A tokenizer of numbers, for models of random tokens."""
 
-    eos_token_id = None
+    def __init__(self, ends: int | None = None):
+        self.eos_token_id = ends
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(f" {token}" for token in ids)
@@ -172,3 +175,12 @@ def test_answers_end():
     (cut,) = answers(asked((60,), stops=(stop,)), "exact")[0]
     assert cut == whole[: whole.index(stop)]
     assert answers(asked((60,), most=3), "exact")[0] == [" " + " ".join(words[:3])]
+    (found,) = generate(tiny_llama(), Numbers(int(words[4])), EXACT, asked((60,)))
+    assert found.texts == [" " + " ".join(words[: words.index(words[4])])]
+
+
+def test_bits_are_those_of_the_prompt():
+    model, recipe = tiny_llama(), parse("kivi:2 recent=32")
+    (found,) = generate(model, Numbers(), [contender("kivi:2 recent=32")], asked((150, 150), most=2))
+    bill = recipe.bill(describe(model).shape, 2, 150, 2, 150 + 6 + 2)
+    assert found.bits == pytest.approx(8 * bill.total() / (2 * 2 * 150 * 2 * 64))

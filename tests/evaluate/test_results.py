@@ -1,18 +1,23 @@
 """Rows in a file: resuming, damage, a full disk, and the summary by hand."""
 
-import errno
+import copy
 import json
 import math
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models_tiny import tiny_llama, tokens
 
-from kvist.evaluate.contenders import contender
+from kvist.evaluate.contenders import contender, floors
 from kvist.evaluate.fidelity import Perplexity, Text
-from kvist.evaluate.results import Cell, Results, Row, described, digest_of
+from kvist.evaluate.results import Cell, Results, Row, cell_of, described, digest_of
 from kvist.evaluate.summary import summary
-from kvist.evaluate.task import Place, run, spread
+from kvist.evaluate.task import Measured, Place, run, spread
 from kvist.methods import parse
 from kvist.plan import Recipe
 
@@ -62,6 +67,8 @@ def test_a_second_run_measures_nothing(tmp_path):
         more = measured(Results(file), ("exact", "int4 group=0", "int8"))
     assert counted.forwards == 6  # the same recipe by another name is known
     assert more[1].values == first[1].values and len(more[2].items) == 3
+    assert [cell.method for cell in more] == ["exact", "int4 group=0", "int8"]
+    assert len(summary(more, "int4 group=0")) == 3
 
 
 def test_batches_and_parts_come_to_the_same(tmp_path):
@@ -95,41 +102,101 @@ def test_a_torn_line_is_measured_again(tmp_path):
         assert sorted(map(len, Results(file).rows.values())) == [3, 3]
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    file, whole = tmp_path / "rows.jsonl", measured(Results())
-    opened = Path.open
-    left = [2]
+@contextmanager
+def at_most(size: int):
+    """No file grows beyond so many bytes: the kernel takes a part of a write and refuses the rest."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    class Full:
-        """A file that takes two rows, and half of the third."""
 
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, line):
-            left[0] -= 1
-            self.file.write(line if left[0] >= 0 else line[: len(line) // 2])
-
-        def flush(self):
-            self.file.flush()
-            if left[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        def tell(self):
-            return self.file.tell()
-
-    monkeypatch.setattr(Path, "open", lambda self, *args, **kw: Full(opened(self, *args, **kw)))
-    with pytest.raises(OSError, match=r"rows.jsonl could not be written: No space left.*goes on from there"):
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_full_disk_loses_nothing(share, tmp_path):
+    file, whole = tmp_path / "rows.jsonl", measured(Results(tmp_path / "whole.jsonl"))
+    sizes = [len(line) for line in (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)]
+    with (
+        at_most(int(sum(sizes[:2]) + share * sizes[2])),
+        pytest.raises(OSError, match=r"rows.jsonl could not be written: .*goes on from there"),
+    ):
         measured(Results(file))
-    monkeypatch.undo()
     assert len(file.read_text().splitlines()) == 2 and all(map(json.loads, file.read_text().splitlines()))
-    assert kls(measured(Results(file))) == kls(whole)
+    assert kls(measured(Results(file))) == kls(whole) and len(file.read_text().splitlines()) == 6
+
+
+def test_one_recipe_by_two_names_is_measured_once():
+    results = Results()
+    with Counted(tiny_llama()) as counted:
+        one, other = measured(results, ("int4", "int4 group=0"))
+    assert counted.forwards == 6 and len(results.rows) == 1
+    assert one.values == other.values and (one.method, other.method) == ("int4", "int4 group=0")
+
+
+def test_what_decides_a_number_makes_another_cell():
+    facts = row("a", [0], kl=[0.5]).model_dump()
+    changed = {"metric": 2, "settings": {"seqlen": 4}, "part": "keys"}
+    decisive = ("task", "metric", "settings", "model", "dtype", "stress", "digest", "part")
+    cells = {cell_of(facts | {name: changed.get(name, "other")}) for name in decisive}
+    assert len(cells | {cell_of(facts)}) == 1 + len(decisive)
+    same = {"method": "b", "device": "cuda", "bits": 9.0, "items": (3,), "seconds": 7.0, "versions": {"kvist": "9"}}
+    assert cell_of(facts | same) == cell_of(facts)
+
+
+def test_another_precision_is_another_cell():
+    results, half = Results(), copy.deepcopy(tiny_llama()).to(torch.bfloat16)
+    measured(results, ("int4",))
+    measured(results, ("int4",), model=half)
+    assert {rows[0].dtype for rows in results.rows.values()} == {"float32", "bfloat16"}
+
+
+def test_a_contender_that_does_not_suit_is_refused_before_any_work():
+    place = Place.of(tiny_llama())
+    for others, words in (
+        (floors(torch.float32), "ppl needs a recipe, and floor: bfloat16 is none"),
+        ([contender("kvmix k=2,3,4 v=2,3,4")], "3 layers"),
+        ([contender("kvquant")], "needs"),
+    ):
+        with Counted(tiny_llama()) as counted, pytest.raises(ValueError, match=words):
+            run(Perplexity(TEXT), place, [contender("exact"), *others], Results())
+        assert counted.forwards == 0
+
+
+@dataclass
+class Kinds:
+    """A task whose items are of given kinds, and that notes which of them come together."""
+
+    kinds: list[int]
+    batch: int
+    together: list[tuple[int, ...]] = field(default_factory=list)
+    name, metric, settings, recipes_only = "kinds", 1, {}, True
+
+    @property
+    def count(self) -> int:
+        return len(self.kinds)
+
+    def kin(self, item: int) -> int:
+        return self.kinds[item]
+
+    def measure(self, model, contenders, items):
+        self.together.append(items)
+        yield Measured(0, 4.0 + self.kinds[items[0]], 0.0, {"score": [self.kinds[i] for i in items]})
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 14))
+def test_items_of_different_kin_never_share_a_batch(kinds, batch, limit):
+    task, place, exact, results = Kinds(kinds, batch), Place.of(tiny_llama()), [contender("exact")], Results()
+    some = spread(task, limit)
+    assert len(some) == min(limit, len(kinds)) and some[0] == 0 and some[-1] < len(kinds)
+    assert max((b - a for a, b in pairwise(some)), default=0) <= -(-len(kinds) // len(some))
+    (part,) = run(task, place, exact, results, some)
+    assert part.items == some and part.bits == pytest.approx(4 + sum(kinds[i] for i in some) / len(some))
+    (whole,) = run(task, place, exact, results)
+    assert sorted(i for items in task.together for i in items) == list(range(len(kinds)))
+    assert all(len(items) <= batch and len({kinds[i] for i in items}) == 1 for items in task.together)
+    assert whole.values["score"] == kinds and whole.among(some).bits == part.bits
 
 
 def test_other_weights_are_another_model():
@@ -205,3 +272,19 @@ def test_summary_by_hand():
         summary([a.among([0]), b.among([1])], "a")
     with pytest.raises(ValueError, match="not measured"):
         summary([a, b], "c")
+
+
+def test_differences_are_to_both_sides_where_they_were_measured():
+    both, keys = row("a", [0, 1], kl=[0.5, 0.3]), row("a", [0, 1], kl=[0.2, 0.2])
+    cells = [Cell([keys.model_copy(update={"part": "keys"})]), Cell([both])]
+    first, second = summary(cells, "a")
+    assert (first["part"], second["part"]) == ("keys", "both")
+    assert first["kl_difference"]["value"] == pytest.approx(-0.2) and second["kl_difference"]["value"] == 0
+    assert summary(cells[:1], "a")[0]["kl_difference"]["value"] == 0
+
+
+def test_bits_are_of_the_items_that_are_compared():
+    some = Cell([row("a", [0], kl=[0.1]).model_copy(update={"bits": 2.0}), row("a", [1, 2], kl=[0.3, 0.4])])
+    assert some.bits == pytest.approx((2 + 4 + 4) / 3) and some.among([0, 9]).bits == 2
+    assert some.among([1, 0]).bits == 3 and math.isnan(some.among([]).bits)
+    assert [line["bits"] for line in summary([some, Cell([row("b", [1], kl=[0.1])])], "a")] == [4, 4]

@@ -9,7 +9,7 @@ from oracle import OracleCache
 
 import kvist
 from kvist.evaluate import tokenwise
-from kvist.evaluate.contenders import Contender, contender, floors, parted
+from kvist.evaluate.contenders import Contender, contender, fill, floors, parted
 from kvist.evaluate.simulate import Simulated
 from kvist.evaluate.tokenwise import MODES, Tokens, compared, exact, packed_bits, score
 from kvist.methods import parse
@@ -145,6 +145,31 @@ def test_one_side_at_a_time():
     kls = [each.tokens.kl.mean() for each in (both, keys, values)]
     assert max(kls[1:]) > 0 and max(kls[1:]) < 1.5 * kls[0] and kls[0] < 3 * (kls[1] + kls[2])
     assert keys.bits == values.bits > both.bits
+
+
+@pytest.mark.parametrize("method", ["int4", "kivi:2 recent=32", "logquant:2 window=32", "fitted"])
+def test_the_other_side_is_stored_as_it_comes(method):
+    model, last = tiny_llama(), 2 * LENGTH - 1
+    states = exact(model, tokens(2, last + 2), last + 1).states
+    for part, raw in (("keys", 1), ("values", 0)):
+        cache = named(method).of(part).cache(model, last + 1)
+        fill(cache, [(keys[:, :, :last], values[:, :, :last]) for keys, values in states], None)
+        cache.announce(2, 1, None)
+        for layer, given in enumerate(states):
+            read = cache.update(*(x[:, :, last:] for x in given), layer)
+            assert torch.equal(read[raw], given[raw]) and not torch.equal(read[1 - raw], given[1 - raw])
+        cache.close()
+
+
+def test_parts():
+    methods = [contender(text) for text in ("exact", "int4")]
+    for parts, expected in (
+        (("both",), ["both", "both"]),
+        (("keys",), ["both", "keys"]),
+        (("values", "both"), ["both", "both", "values"]),
+    ):
+        assert [each.part for each in parted(methods, parts)] == expected
+    assert len({each.digest for each in parted(methods[1:], ("both", "keys", "values"))}) == 3
 
 
 @torch.no_grad()

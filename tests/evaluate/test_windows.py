@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models_tiny import tiny_llama, tokens
+from oracle import OracleCache
 
 import kvist
 from kvist.evaluate.contenders import Contender, bits, contender
@@ -16,6 +17,7 @@ from kvist.evaluate.nuisance import FACTORS, Nuisance
 from kvist.evaluate.results import Results
 from kvist.evaluate.summary import slopes, statistics
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tokenwise import compared, exact
 from kvist.methods import parse
 from kvist.models.adapter import describe
 
@@ -95,6 +97,21 @@ def test_history_quantized_at_once():
     assert whole.values["kl"] == pytest.approx(kivi.values["kl"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["kivi:2 recent=32", "int4", "logquant:2 window=32"])
+def test_history_at_once_is_one_update_of_exact_keys_and_values(method):
+    task = Horizon(TEXT, prompt=20, step=16, at=(100,), probe=16, batch=2)
+    (cell,) = measured(task, contender(method))
+    model, ids = tiny_llama(), TEXT.windows
+    oracle, states = OracleCache(parse(method), 2), exact(model, ids, 199).states
+    for layer, given_ in enumerate(states):
+        oracle.update(*(x[:, :, :120] for x in given_), layer)
+    logits = model(ids[:, 120:136], past_key_values=oracle).logits
+    expected = compared(exact(model, ids), logits, 120).kl.mean(1)
+    assert [once for ((_, _, once),) in cell.values["kl_at_once"]] == pytest.approx(expected.tolist(), rel=0.02)
+    assert expected.min() > 1e-6
+
+
 def test_slopes():
     curve = [5.0] * 4 + [0.1 + 0.002 * 64 * i for i in range(10)]  # 0.002 per step
     found = slopes({"kl_curve": [curve, curve], "kl_at_once": [[], []]})
@@ -136,6 +153,8 @@ def test_quantized_cache_is_named_as_what_it_is():
 def test_refusals():
     with pytest.raises(ValueError, match="quanto:2, quanto:4"):
         contender("quanto:5")
+    with pytest.raises(ValueError, match="no prefill 'stored'"):
+        contender("quanto:4").cache(tiny_llama(), 0, "stored")
     with pytest.raises(ValueError, match="3 layers"):
         measured(Fidelity(TEXT), contender("kvmix k=2,3,4 v=2,3,4"))
     with pytest.raises(ValueError, match="needs"):

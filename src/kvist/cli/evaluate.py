@@ -110,7 +110,8 @@ def evaluate(
     contenders = parted([contender(text, _recipes(model)) for text in named], parts.split(","))
 
     from kvist.evaluate import suite
-    from kvist.evaluate.maps import draw
+    from kvist.evaluate.maps import NOTHING, draw
+    from kvist.evaluate.questions import KINDS
     from kvist.evaluate.task import Place, run, spread
 
     options = suite.Options(
@@ -133,7 +134,10 @@ def evaluate(
         tasks_dir=tasks_dir,
         seed=seed,
     )
-    names, results = suite.named(tasks), _results(out)
+    names = suite.named(tasks)
+    if plot and not any(name in KINDS for name in names):
+        raise ValueError(NOTHING)
+    results = _results(out)
     documents = suite.documents(names, options)
     loaded, tokenizer = _loaded(model, device, dtype, stress, seed)
     wanted = suite.tasks(names, options, documents, loaded, tokenizer)

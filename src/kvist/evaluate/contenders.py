@@ -107,11 +107,12 @@ def contender(text: str, made: Callable[[str], Recipe] = parse) -> Contender:
 
 
 def parted(contenders: Sequence[Contender], parts: Sequence[str]) -> list[Contender]:
-    """Each contender with each of these parts that it has. ValueError for another word."""
+    """Each contender with each of these parts; one that has no sides as it is. ValueError for another word."""
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"parts are {', '.join(PARTS)}, found {part!r}")
-    return [each.of(part) for part in PARTS if part in parts for each in contenders if part in each.parts]
+    chosen = [set(parts) if len(each.parts) > 1 else {*each.parts} for each in contenders]
+    return [each.of(part) for part in PARTS for each, own in zip(contenders, chosen, strict=True) if part in own]
 
 
 def one_side(recipe: Recipe, part: Part) -> Recipe:

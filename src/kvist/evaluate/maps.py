@@ -9,6 +9,7 @@ from kvist.atomic import replacing
 from kvist.evaluate.results import Cell
 
 ACROSS = 4
+NOTHING = "--plot draws answers by length and depth; ask for needle, passkey or a task like them"
 
 
 def grid(cell: Cell) -> tuple[list[int], list[float | None], np.ndarray]:
@@ -32,7 +33,7 @@ def draw(measured: Sequence[tuple[str, Sequence[Cell]]], path: Path) -> None:
 
     panels = [(task, cell) for task, cells in measured for cell in cells if "length" in cell.values]
     if not panels:
-        raise ValueError("--plot draws answers by length and depth; ask for needle, passkey or a task like them")
+        raise ValueError(NOTHING)
     rows = -(-len(panels) // ACROSS)
     figure = Figure(figsize=(3.2 * min(ACROSS, len(panels)) + 0.8, 2.6 * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)

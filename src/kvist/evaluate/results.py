@@ -6,6 +6,7 @@ parts of one cell, whatever run they come from.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,27 +69,23 @@ class Row(Part):
 
 class Cell:
     """All that is known of one contender on one task: rows of equal identity, their items in order. `method`: what it
-    is called, by its first row if not otherwise; `bits`: mean over the items."""
+    is called, by its first row if not otherwise; `items`: these of them alone; `bits`: mean over the items."""
 
-    def __init__(self, rows: Sequence[Row], method: str | None = None):
+    def __init__(self, rows: Sequence[Row], method: str | None = None, items: Iterable[int] | None = None):
         self.rows, self.first = list(rows), rows[0]
         self.method = method or self.first.method
         at: dict[int, tuple[Row, int]] = {}
         for row in rows:
             for i, item in enumerate(row.items):
                 at.setdefault(item, (row, i))
-        self.items = sorted(at)
+        self.items = sorted(at if items is None else at.keys() & set(items))
         names = self.first.values
         self.values = {name: [at[item][0].values[name][at[item][1]] for item in self.items] for name in names}
-        self.bits = sum(at[item][0].bits for item in self.items) / len(self.items)
+        self.bits = sum(at[item][0].bits for item in self.items) / len(self.items) if self.items else math.nan
 
     def among(self, items: Iterable[int]) -> "Cell":
         """Some of its items."""
-        wanted, found = set(items), Cell(self.rows, self.method)
-        keep = [i for i, item in enumerate(self.items) if item in wanted]
-        found.items = [self.items[i] for i in keep]
-        found.values = {name: [values[i] for i in keep] for name, values in self.values.items()}
-        return found
+        return Cell(self.rows, self.method, set(self.items) & set(items))
 
 
 def cell_of(facts: Mapping) -> str:
@@ -155,11 +152,12 @@ class Results:
     def add(self, row: Row) -> None:
         """Keep a row, and append it to the file, whole or not at all: what a full disk cut is cut off again."""
         if self.path is not None:
-            with self.path.open("ab") as file:
+            line = row.line.encode()
+            with self.path.open("ab", buffering=0) as file:  # closing a file writes again what a buffer is left with
                 before = file.tell()
                 try:
-                    file.write(row.line.encode())
-                    file.flush()
+                    while line:
+                        line = line[file.write(line) :]
                 except OSError as error:
                     os.truncate(self.path, before)
                     reason = error.strerror or str(error)

@@ -87,6 +87,8 @@ def named(text_: str) -> list[str]:
         if not ours or word == "lm-eval:NAME":
             raise ValueError(f"no task is called {word!r}; there are {', '.join(TASKS)}")
         found.append(word)
+    if not found:
+        raise ValueError(f"expected names of tasks, found none; there are {', '.join(TASKS)}")
     return list(dict.fromkeys(found))
 
 
@@ -169,6 +171,8 @@ def _windowed(name: str, options: Options, documents: list[str], tokenizer, long
         return [Fidelity(chosen, mode, prompt, None if simulated else step, **batch)]
     if name == "horizon":
         seqlen = options.seqlen or min(HORIZON, longest)
+        if seqlen < 4:
+            raise ValueError(f"horizon needs windows of at least 4 tokens, found --seqlen {seqlen}")
         prompt = _checked(options.prompt or 0, seqlen)
         at = tuple(range(STEP * 8, seqlen - prompt - STEP, max(STEP, (seqlen - prompt) // 4 // STEP * STEP)))
         free = min(options.free, seqlen // 2)
@@ -203,7 +207,7 @@ def _text(options: Options, documents: list[str], tokenizer, seqlen: int) -> Tex
 
 
 def _before(length: int) -> int:
-    return length - min(LAST, length // 2)
+    return length - max(2, min(LAST, length // 2))
 
 
 def _checked(prompt: int, seqlen: int) -> int:

@@ -15,14 +15,16 @@ SKIPPED = 4  # points of a curve
 
 def summary(cells: Sequence[Cell], first: str, seed: int = 0) -> list[dict]:
     """Per cell of one task, over the items that all of them have: method, part, bits, and each statistic as value, low
-    and high; `…_difference` is the paired difference from the cell of the method named `first`, both sides coded.
+    and high; `…_difference` is the paired difference from the cell of the method named `first`, with both sides coded
+    where that was measured.
     Raises ValueError where there is no such item, or no such cell."""
     common = set.intersection(*(set(cell.items) for cell in cells))
     if not common:
         raise ValueError("no item was measured with every method")
-    base = next((cell for cell in cells if cell.method == first and cell.first.part == "both"), None)
-    if base is None:
+    named = [cell for cell in cells if cell.method == first]
+    if not named:
         raise ValueError(f"differences are to {first!r}, which was not measured")
+    base = next((cell for cell in named if cell.first.part == "both"), named[0])
     return [_line(cell.among(common), base.among(common), seed) for cell in cells]
 
 

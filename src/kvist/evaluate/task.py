@@ -80,9 +80,9 @@ def run(
     items: Sequence[int] | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> list[Cell]:
-    """A cell per contender, in their order, of these items (None: all). What `results` has is not measured again; what
-    it has not is added to it batch by batch. `tick` is told how many of all items are done. Raises ValueError, before
-    anything is measured, for a contender that does not suit the model or the task."""
+    """A cell per contender, in their order, of these items (None: all). What `results` has, by whatever name, is not
+    measured again; what it has not is added to it batch by batch. `tick` is told how many of all items are done. Raises
+    ValueError, before anything is measured, for a contender that does not suit the model or the task."""
     for contender in contenders:
         if task.recipes_only and contender.recipe is None:
             raise ValueError(f"{task.name} needs a recipe, and {contender.name} is none; leave it to other tasks")
@@ -90,7 +90,10 @@ def run(
     facts = [_facts(task, place, contender) for contender in contenders]
     cells = [cell_of(each) for each in facts]
     items = range(task.count) if items is None else items
-    missing = [tuple(n for n in items if n not in results.done(cell)) for cell in cells]
+    missing = [
+        () if cell in cells[:i] else tuple(n for n in items if n not in results.done(cell))
+        for i, cell in enumerate(cells)
+    ]
     total = len(items) * len(contenders)
     done = total - sum(map(len, missing))
     tick(task.name, done, total)
@@ -102,7 +105,7 @@ def run(
                 results.add(Row(**facts_, bits=found.bits, items=some, values=found.values, seconds=found.seconds))
                 done += len(some)
                 tick(task.name, done, total)
-    return [Cell(results.rows[cell]).among(items) for cell in cells]
+    return [Cell(results.rows[cell], each.name, items) for cell, each in zip(cells, contenders, strict=True)]
 
 
 def spread(task: Task, limit: int | None) -> list[int]:
