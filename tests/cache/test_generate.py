@@ -89,7 +89,7 @@ def test_turns_of_generate_on_one_cache(text):
         cache = Shadow(model, plan)
         with kvist.attach(model):
             found = talk(model, cache)
-        wanted, rough = (talk(model, OracleCache(plan, 2, bits=bits, model=model)) for bits in (None, ROUGH))
+        wanted, *rough = (talk(model, OracleCache(plan, 2, bits=bits, model=model)) for bits in (None, *ROUGH))
     agree(found, wanted, rough)
     assert cache.get_seq_length() == 140 + 20 + 45 + 19
 
