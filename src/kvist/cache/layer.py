@@ -42,6 +42,7 @@ class Layer(CacheLayerMixin):
         self.slots = self.updates = 0
         self.settled = True
         self.version += 1
+        self.counters: Tensor | None = None
         self._skip: Tensor | None = None
         self._skipped: tuple = ()  # the state that the skip mask was made from
         self.lengths: list[int] = []

@@ -26,6 +26,7 @@ class Rows:
     def __init__(self) -> None:
         self.slots = 0
         self.runs: list[list[Run]] = []
+        self.on_device: dict[tuple, Tensor] = {}  # states of layers, see `step`
 
     @property
     def batch(self) -> int:

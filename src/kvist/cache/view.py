@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvist.cache import step
 from kvist.cache.look import QUERIES, Look, attend_tiled
 from kvist.cache.loose import Loose, loose
 from kvist.kernels.attend import Partial, merge
-from kvist.kernels.choose import Stored, packed_attention
+from kvist.kernels.choose import MOST_QUERIES, Decode, Stored, decode_attention, packed_attention
 from kvist.types import HOLD
 
 if TYPE_CHECKING:
@@ -68,10 +69,13 @@ class View:
         shape = self.layer.shape
         return len(self.lengths), shape.heads, self.slots, (shape.key_dim, shape.value_dim)[side]
 
-    @property
-    def loose(self) -> list[Loose]:
+    def _check(self) -> None:
         if self._version != self.layer.version:
             raise RuntimeError("this view of the cache is out of date: the cache was changed after it was handed out")
+
+    @property
+    def loose(self) -> list[Loose]:
+        self._check()
         if self._loose is None:
             self._loose = loose(self.layer)
         return self._loose
@@ -93,8 +97,36 @@ class View:
         part in the softmax and has no value (GPT-OSS).
         """
         with torch.no_grad():
-            out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
+            plain = mask is None and (causal or query.shape[2] == 1)
+            out = self._step(query, scale, softcap, sink) if plain else None
+            if out is None:
+                out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
         return Undifferentiated.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _step(self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor | None:
+        """Causal attention in one launch; None where no kernel serves it."""
+        layer, queries = self.layer, query.shape[2]
+        key, value = layer.tracks
+        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device)
+        if fast is None or self.chunk is not None or queries > MOST_QUERIES:
+            return None
+        origins = [0] * len(self.lengths) if key.codec.transform.fixed else self._origins()
+        if origins is None or any(len(maps.runs) > 1 for maps in self.maps):
+            return None
+        if queries > 1 and not self.rows.dense(self.slots):
+            return None
+        self._check()
+        call = Decode(
+            state=step.state(layer, origins),
+            counters=step.counters(layer, query.shape[1], queries),
+            page=layer.page,
+            scale=scale,
+            softcap=softcap,
+            skip=self.skip,
+            pinned=step.pinned(layer),
+            sink=sink,
+        )
+        return fast(query, self._stored(key), self._stored(value), step.exact(key), step.exact(value), call)
 
     def _attend(
         self,

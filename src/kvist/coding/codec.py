@@ -10,7 +10,7 @@ from kvist.coding.grouping import Grouping
 from kvist.coding.levels import Levels, Raw, Table, Uniform
 from kvist.coding.outliers import NoOutliers, Outliers, Slots
 from kvist.coding.ranges import Fixed, MinMax, Range
-from kvist.coding.transforms import Identity, Transform, Unrotate
+from kvist.coding.transforms import Hadamard, Identity, Transform, Unrotate
 from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
 from kvist.kernels.choose import Constants, Traits, decoder, encoder
 from kvist.kernels.grid import narrow, normalise
@@ -84,6 +84,7 @@ class Codec(Part):
             outliers=isinstance(self.outliers, Slots),
             rank=self.outliers.rank if isinstance(self.outliers, Slots) else "",
             rotary=self.transform.style if isinstance(self.transform, Unrotate) else "",
+            hadamard=isinstance(self.transform, Hadamard),
         )
 
     def constants(self, heads: int, device: torch.device) -> Constants:

@@ -1,6 +1,7 @@
 """(operation, traits, device) to an implementation, or to the reasons why only the reference serves."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_QUERIES = 8  # of a decode step: one token, or what speculative decoding checks at a time
+
 
 @dataclass(frozen=True)
 class Traits:
     """How one side is stored, as plain data: what a kernel may ask. `group` 0 is the whole head; `rank` and `rotary`
-    are empty where there are no outliers and nothing was unrotated."""
+    are empty where there are no outliers and nothing was unrotated; `hadamard`: stored in the space of its rotation."""
 
     levels: str
     bits: int
@@ -24,6 +27,7 @@ class Traits:
     outliers: bool = False
     rank: str = ""
     rotary: str = ""
+    hadamard: bool = False
 
 
 class Constants(NamedTuple):
@@ -47,6 +51,35 @@ class Stored(NamedTuple):
     arrays: dict[str, Tensor]
     table: Tensor
     constants: Constants
+
+
+class Exact(NamedTuple):
+    """The exact tokens of one side: sinks (B, H, S, D); ring (B, H, C, D), position p behind the sinks in slot p mod C;
+    pinned (B, H, P, D), or 0 slots of them."""
+
+    sinks: Tensor
+    ring: Tensor
+    pinned: Tensor
+
+
+class Decode(NamedTuple):
+    """What else a decode step says. Tensors are on the device.
+
+    state (B, 8) int32: sinks held, frontier of keys and of values, tokens behind the sinks, the position that page slot
+    0 was rotated for, and unused ones. A packed token's slot is its position behind the sinks. skip (B, slots) bool:
+    slots that the packed read leaves out. pinned (B, P, 4) int32: position (-1: none), its slot among the pinned keys
+    and among the pinned values (-1: read the packed one), unused. counters: int32, one per row, KV head and block of 16
+    query rows, all 0 before and after. sink (Hq,): a logit per head without a value.
+    """
+
+    state: Tensor
+    counters: Tensor
+    page: int
+    scale: float
+    softcap: float | None = None
+    skip: Tensor | None = None
+    pinned: Tensor | None = None
+    sink: Tensor | None = None
 
 
 def _available(device: torch.device) -> list[str]:
@@ -126,6 +159,34 @@ def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[
     from kvist.kernels.attend_numba import attend_pages
 
     return partial(attend_pages, key, value), ()
+
+
+def decode_attention(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """The fast decode step and (), or None and the reasons why parts are computed one by one and merged.
+
+    It takes queries (B, Hq, M, D) of any float type, M <= `MOST_QUERIES`, which are the last M tokens of their rows;
+    keys and values as `Stored`; the exact tokens of both as `Exact`; and a `Decode`. It returns attention over
+    everything, (B, Hq, M, Dv) in the queries' type, in one launch and without asking the device anything.
+
+    Triton's own variable TRITON_INTERPRET=1 runs its kernels on a CPU.
+    """
+    return _decode_attention(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@cache
+def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool):
+    if device == "cpu" and not interpreted:
+        return None, ("on a CPU parts are merged one by one",)
+    if device not in ("cpu", "cuda"):
+        return None, (f"no kernel for {device} yet",)
+    if importlib.util.find_spec("triton") is None:
+        return None, ("triton is not installed (pip install kvist[gpu])",)
+    reasons = ["values are stored before a rotary embedding"] if value.rotary else []
+    if reasons:
+        return None, tuple(reasons)
+    from kvist.kernels.decode_triton import decode
+
+    return partial(decode, key, value), ()
 
 
 def _unserved(side: str, traits: Traits, attended: bool) -> list[str]:
