@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvist.attention import attach, detach
+    from kvist.attention.captured import Captured
     from kvist.cache.cache import Cache
     from kvist.plan import Recipe
 
@@ -12,12 +13,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Cache": "kvist.cache.cache",
+    "Captured": "kvist.attention.captured",
     "Recipe": "kvist.plan",
     "attach": "kvist.attention",
     "detach": "kvist.attention",
 }
 
-__all__ = ["Cache", "Recipe", "attach", "detach"]
+__all__ = ["Cache", "Captured", "Recipe", "attach", "detach"]
 
 
 def __getattr__(name: str):

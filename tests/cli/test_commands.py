@@ -160,6 +160,17 @@ def test_inspect_of_a_method_that_must_be_fitted(folder):
     assert "missing" not in call("inspect", folder, "-m", "int4").stdout
 
 
+def test_inspect_says_what_a_gpu_would_run_and_why_not(folder):
+    pytest.importorskip("triton")
+    kivi, kvquant = data("inspect", folder, "--device", "cuda", "-m", "kivi:2", "-m", "kvquant:3")["methods"]
+    assert kivi["kernel"] == "kvist.kernels.decode_triton.decode"
+    assert kivi["captured"] == "kvist.kernels.step_triton.step"
+    reasons = "keys keep outliers; keys are stored before a rotary embedding; values keep outliers"
+    assert kvquant["captured"] == f"none: {reasons}"
+    (on_cpu,) = data("inspect", folder)["methods"]
+    assert on_cpu["captured"].startswith("none: Triton's kernels run on GPUs")
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_inspect_of_what_was_fitted_to_the_bundled_model(bits, folder):
     method = f"kvquant artifact={FOLDER.parent / 'kvquant' / str(bits)}"

@@ -3,6 +3,7 @@
 import copy
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from kvist.models.adapter import SERVED, describe
 from kvist.models.hooks import watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
+
+if TYPE_CHECKING:
+    from kvist.cache.captured import Steps
 
 
 class Cache(TransformersCache):
@@ -52,6 +56,7 @@ class Cache(TransformersCache):
         ]
         super().__init__(layers=layers)
         self._odd_step: Tensor | None = None
+        self.steps: Steps | None = None  # while decode steps are captured, see `captured`
         self._listen(model)
 
     def _check_fit(self, model) -> None:
@@ -87,6 +92,8 @@ class Cache(TransformersCache):
 
         Called by the hook. The mask must agree with what is stored for the slots before.
         """
+        if self.steps is not None:
+            return  # planned already
         past = self.ours[0].slots
         self.rows.crop(past)
         self.rows.check(batch)
@@ -155,6 +162,8 @@ class Cache(TransformersCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
+        if self.steps is not None and isinstance(layer, Layer):
+            return self.steps.update(layer, key_states, value_states)
         if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
             if batch > 1 or self.recipe.rotary:
                 raise ValueError(

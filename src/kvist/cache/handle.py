@@ -4,26 +4,42 @@ Attention that knows it reads the packed pages. `F.scaled_dot_product_attention`
 which serves models that call it themselves. Anything else gets the dense tensor: correct, only slower.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kvist.cache.view import View
+
+class Source(Protocol):
+    """What a handle stands for: a `View`, or a captured step of a layer."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def shape(self, side: int) -> tuple[int, int, int, int]: ...
+
+    def dense(self, side: int) -> Tensor: ...
+
+    def attend(
+        self, query: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = True,
+        softcap: float | None = None, sink: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class Handle(Tensor):
     """Keys (side 0) or values (side 1) of a view, (B, H, slots, D)."""
 
-    source: View
+    source: Source
     side: int
 
     @staticmethod
-    def __new__(cls, view: View, side: int) -> "Handle":
+    def __new__(cls, view: Source, side: int) -> "Handle":
         shape, dtype, device = view.shape(side), view.dtype, view.device
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, view: View, side: int):
+    def __init__(self, view: Source, side: int):
         self.source, self.side = view, side
 
     def dense(self) -> Tensor:

@@ -89,6 +89,7 @@ def _method(recipe, described, token: int, device: str) -> dict:
         "sentence": str(recipe),
         "kernel": _kernel(plans, device),
         "encoder": _encoder(plans, device),
+        "captured": _capture(plans, device),
         "bytes_per_token": bills["32K"] / length,
         "bytes": bills,
         "bytes_16_bit": {k: 2 * token * n for k, n in LENGTHS.items()},
@@ -112,16 +113,30 @@ def _fitted(recipe, model) -> dict:
 
 
 def _kernel(plans, device: str) -> str:
-    """Which attention reads the packed pages, or why only the reference does."""
+    """Which attention reads the packed pages, or why only the reference does. On a GPU: of decode steps, which are one
+    launch each."""
     import torch
 
-    from kvist.kernels.choose import packed_attention
+    from kvist.kernels.choose import decode_attention, packed_attention
 
     if not any(plan.packs for plan in plans):
         return "none needed: nothing is packed, the model's own attention serves"
     place = torch.device(device)
-    found = [packed_attention(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans]
-    return _answer(found, "layers")
+    choose = packed_attention if place.type == "cpu" else decode_attention
+    return _answer([choose(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans], "layers")
+
+
+def _capture(plans, device: str) -> str:
+    """What stores the tokens of captured decode steps, or why they cannot be captured."""
+    import torch
+
+    from kvist.kernels.choose import stepper
+
+    packing = [plan for plan in plans if plan.packs]
+    if len(packing) < len(plans):
+        return "none: a layer packs nothing"
+    found = [stepper(plan.key.codec.traits, plan.value.codec.traits, torch.device(device)) for plan in packing]
+    return _answer(found, "layers").replace("reference; ", "none: ")
 
 
 def _encoder(plans, device: str) -> str:
@@ -162,7 +177,7 @@ def _sentence(text: str) -> str:
 
 def _facts(method: dict) -> dict[str, str]:
     """What is to be said about one method, by its heading."""
-    facts = {"kernel": method["kernel"], "packing": method["encoder"]}
+    facts = {"kernel": method["kernel"], "packing": method["encoder"], "captured steps": method["captured"]}
     if method["needs"]:
         facts["missing"] = (
             f"{', '.join(method['needs'])}; `kvist calibrate` fits them; the bytes below hold for the same settings"

@@ -175,18 +175,39 @@ def decode_attention(key: Traits, value: Traits, device: torch.device) -> tuple[
 
 @cache
 def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool):
-    if device == "cpu" and not interpreted:
-        return None, ("on a CPU parts are merged one by one",)
-    if device not in ("cpu", "cuda"):
-        return None, (f"no kernel for {device} yet",)
-    if importlib.util.find_spec("triton") is None:
-        return None, ("triton is not installed (pip install kvist[gpu])",)
-    reasons = ["values are stored before a rotary embedding"] if value.rotary else []
-    if reasons:
-        return None, tuple(reasons)
+    if reasons := _no_triton(device, interpreted):
+        return None, reasons
+    if value.rotary:
+        return None, ("values are stored before a rotary embedding",)
     from kvist.kernels.decode_triton import decode
 
     return partial(decode, key, value), ()
+
+
+def stepper(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """What stores one token per row in one launch, and packs in the same launch what its numbers say; and (), or None
+    and the reasons why only ordinary updates will do. See `step_triton.step`."""
+    return _stepper(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@cache
+def _stepper(key: Traits, value: Traits, device: str, interpreted: bool):
+    if reasons := _no_triton(device, interpreted):
+        return None, reasons
+    from kvist.kernels.step_triton import step, unserved
+
+    reasons = unserved(key, value)
+    return (None, reasons) if reasons else (partial(step, key, value), ())
+
+
+def _no_triton(device: str, interpreted: bool) -> tuple[str, ...]:
+    if device == "cpu" and not interpreted:
+        return ("Triton's kernels run on GPUs; on a CPU parts are merged one by one",)
+    if device not in ("cpu", "cuda"):
+        return (f"no kernel for {device} yet",)
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed (pip install kvist[gpu])",)
+    return ()
 
 
 def _unserved(side: str, traits: Traits, attended: bool) -> list[str]:

@@ -1,0 +1,95 @@
+"""A decode step as one CUDA graph around the model's forward: no launch costs, nothing asked of the device.
+
+Everything that changes from step to step reaches the kernels through tensors that stay where they are: the token, its
+position, and the cache's numbers. On a CPU, in Triton's interpreter, the same forward simply runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvist.attention.switch import attach
+from kvist.cache.cache import Cache
+from kvist.cache.captured import Steps
+
+WARM_UP = 2  # forwards before the capture: kernels are compiled, and libraries make their workspaces
+
+
+class Captured:
+    """Decode steps of a model over a cache that holds a prompt, for up to `tokens` more tokens per row.
+
+    Room for all of them is reserved at once. `close()`, or the end of a `with`, gives model and cache back as they
+    were, for ordinary use. Raises ValueError where a layer's steps cannot be captured, with the reasons.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache, tokens: int = 1024):
+        if len(cache.ours) != len(cache.layers):
+            raise ValueError("decode steps can be captured where kvist serves every layer; this model has other layers")
+        if not cache.rows.runs:
+            raise ValueError("the cache is empty: read a prompt into it, then capture decode steps")
+        self.model, self.cache = model, cache
+        device = cache.ours[0].device
+        self.tokens = torch.zeros(cache.rows.batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+        self._steps = Steps(cache, tokens)
+        try:
+            self._attachment = attach(model)
+            if device.type == "cuda":
+                self._capture()
+        except BaseException:
+            self._steps.close()
+            raise
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._forward()
+
+    @torch.no_grad()
+    def _forward(self) -> Tensor:
+        return self.model(
+            input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+        ).logits
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Store the next token of each row, (B, 1); its logits (B, 1, vocabulary). On a GPU the next step overwrites
+        them."""
+        positions = torch.tensor(self.cache.rows.next_positions()).unsqueeze(-1)
+        self._steps.plan()
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.positions.copy_(positions, non_blocking=True)
+        if self.graph is None:
+            return self._forward()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+    def generate(self, tokens: Tensor, new_tokens: int) -> Tensor:
+        """The most likely continuation of each row's next token (B, 1): (B, new_tokens), `tokens` not among them."""
+        found = []
+        for _ in range(new_tokens):
+            tokens = self.step(tokens)[:, -1].argmax(-1, keepdim=True)
+            found.append(tokens)
+        return torch.cat(found, dim=1)
+
+    def close(self) -> None:
+        """Give model and cache back; the graph is freed."""
+        self._attachment.close()
+        self._steps.close()
+        self.graph = self.logits = None
+
+    def __enter__(self) -> Captured:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,221 @@
+"""Decode steps that the device drives: what a CUDA graph replays, and the numbers it is given before each replay.
+
+Which tokens are packed when is integer arithmetic on the host (`retention`), and needs nothing from the device. So the
+host plans a step ahead of the device, writes a few integers per row and layer, in one copy, into a tensor that the
+kernels read, and the same launches serve every step. What a replay cannot do is done before it: room is made for all
+steps at the start; new pages enter the tables; pins, which change once per window, are copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvist.cache import step
+from kvist.cache.handle import Handle
+from kvist.kernels.choose import Decode, Stored, decode_attention, stepper
+
+if TYPE_CHECKING:
+    from kvist.cache.cache import Cache
+    from kvist.cache.layer import Layer
+    from kvist.cache.track import Track
+
+DUE = 6  # numbers per row and layer for `choose.stepper`; `step.STATE` more are for `choose.Decode`
+
+
+class Steps:
+    """All layers of a cache, one token per row and call. `room`: tokens that may come."""
+
+    def __init__(self, cache: Cache, room: int):
+        self.cache, self.left = cache, room
+        layers = cache.ours
+        for layer in layers:
+            _check(layer)
+            _make_room(layer, room)
+        first = layers[0]
+        width = first.batch_size * (DUE + step.STATE)
+        self.numbers = torch.zeros(len(layers), width, dtype=torch.int32, device=first.device)
+        self.layers = {id(layer): CapturedLayer(layer, self.numbers[i], room) for i, layer in enumerate(layers)}
+        self._send([layer.idle() for layer in self.layers.values()])
+        cache.steps = self
+
+    def update(self, layer: Layer, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
+        """What `layer` does with a step's keys and values."""
+        return self.layers[id(layer)].update(keys, values)
+
+    def plan(self) -> None:
+        """Move every layer's numbers one token on, and send them to the device."""
+        if not self.left:
+            raise ValueError("there is no room for another step; capture again with more tokens")
+        self.left -= 1
+        self.cache.rows.extend(self.cache.rows.batch, 1, None)
+        self._send([layer.advance() for layer in self.layers.values()])
+
+    def _send(self, numbers: list) -> None:
+        """In one copy; from pageable memory, which is read before the call returns, so that nobody waits."""
+        self.numbers.copy_(torch.tensor(numbers, dtype=torch.int32), non_blocking=True)
+
+    def close(self) -> None:
+        """Give the cache back to ordinary updates."""
+        self.cache.steps = None
+
+
+class CapturedLayer:
+    """One layer whose storage stays where it is: pools, rings and tables that kernels address by numbers on the device.
+
+    It is also the view that its handles read. `numbers` (B·14,) int32 is its part of what `Steps` sends.
+    """
+
+    def __init__(self, layer: Layer, numbers: Tensor, room: int):
+        self.layer = layer
+        self.due, self.state = (
+            x.view(layer.batch_size, -1)
+            for x in numbers.split_with_sizes([layer.batch_size * DUE, layer.batch_size * step.STATE])
+        )
+        self.dtype, self.device = layer.dtype, layer.device
+        key, value = layer.tracks
+        traits = key.codec.traits, value.codec.traits, layer.device
+        self._kernels = decode_attention(*traits)[0], stepper(*traits)[0]
+        self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
+        self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
+        self.most = tuple(_most(track, layer, room) for track in layer.tracks)
+        self.skip, self.pinned = layer.skip(), step.pinned(layer)
+        shifts = (layer.rows.shift(row) or 0 for row in range(layer.batch_size))
+        self.origins = [shift + layer.plan.sinks for shift in shifts]
+        self.counters: Tensor | None = None
+
+    def shape(self, side: int) -> tuple[int, int, int, int]:
+        shape = self.layer.shape
+        return self.layer.batch_size, shape.heads, self.layer.slots, (shape.key_dim, shape.value_dim)[side]
+
+    def dense(self, side: int) -> Tensor:
+        raise RuntimeError("a captured step reads packed data only; attach the model (kvist.attach) before capturing")
+
+    def advance(self) -> list[int]:
+        """The numbers of the next step; host-side state moves on to what holds after it."""
+        layer, due = self.layer, []
+        for row in range(layer.batch_size):
+            packs = [0] * 4 if layer.settled else [n for track in layer.tracks for n in self._settle(track, row)]
+            due += [layer.behind(row), *packs, 0]
+            layer.lengths[row] += 1
+        layer.slots, layer.updates, layer.settled = layer.slots + 1, layer.updates + 1, False
+        layer._changed()
+        self._mark()
+        return due + self._states()
+
+    def idle(self) -> list[int]:
+        """The numbers of a step that stores nothing."""
+        return [-1, *[0] * (DUE - 1)] * self.layer.batch_size + self._states()
+
+    def _states(self) -> list[int]:
+        return [number for row in range(self.layer.batch_size) for number in self._state(row)]
+
+    def _state(self, row: int) -> list[int]:
+        layer = self.layer
+        frontiers = [track.states[row].frontier for track in layer.tracks]
+        held = min(layer.lengths[row], layer.plan.sinks)
+        return [held, *frontiers, layer.behind(row), self.origins[row], 0, 0, 0]
+
+    def _settle(self, track: Track, row: int) -> tuple[int, int]:
+        """What is packed of a row before its next token: first position and count."""
+        layer, state = self.layer, track.states[row]
+        start = state.frontier
+        decided, frontier = track.target(row, layer.behind(row), layer.updates == 1, layer.maps[row])
+        if frontier > start:
+            before = len(track.pool.tables[row])
+            track.pool.extend(row, start, frontier)
+            side = layer.tracks.index(track)
+            for index in range(before, len(track.pool.tables[row])):
+                self.tables[side][row, index] = track.pool.tables[row][index]
+            if track.rule.most_pins:
+                wanted = [p for p in track.rule.pins(decided) if p < frontier]
+                track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
+        state.decided, state.frontier = decided, frontier
+        return start, frontier - start
+
+    def _mark(self) -> None:
+        """Pins and the mask of slots that the packed read leaves out, where they changed."""
+        if self.pinned is None:
+            return
+        skip, pinned = self.layer.skip(), step.pinned(self.layer)
+        assert self.skip is not None and skip is not None and pinned is not None
+        if skip is not self.skip:
+            self.skip.copy_(skip)
+        self.pinned.copy_(pinned)
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
+        """Store a step's keys and values (B, H, 1, D), pack what `advance` said; handles of what is stored then."""
+        tracks, store = self.layer.tracks, self._kernels[1]
+        assert store is not None  # `_check` saw to it
+        store(
+            keys,
+            values,
+            tuple(track.exact.ring for track in tracks),
+            tuple(track.pool.arrays for track in tracks),
+            tuple(self.tables),
+            tuple(self.constants),
+            self.due,
+            self.layer.page,
+            self.most,
+            tuple(track.clipped for track in tracks),
+        )
+        return Handle(self, 0), Handle(self, 1)
+
+    def attend(self, query: Tensor, scale: float, *, mask=None, causal=True, softcap=None, sink=None) -> Tensor:
+        """See `View.attend`; one query per row, which sees everything."""
+        layer, attend = self.layer, self._kernels[0]
+        assert attend is not None
+        if self.counters is None:
+            self.counters = step.counters(layer, query.shape[1], query.shape[2])
+        call = Decode(self.state, self.counters, layer.page, scale, softcap, self.skip, self.pinned, sink)
+        parts = zip(layer.tracks, self.tables, self.constants, strict=True)
+        sides = (Stored(track.pool.arrays, table, constants) for track, table, constants in parts)
+        return attend(query, *sides, *map(step.exact, layer.tracks), call)
+
+
+def _check(layer: Layer) -> None:
+    """Refuse what only ordinary updates can do."""
+    key, value = layer.tracks
+    traits = key.codec.traits, value.codec.traits
+    reasons = [*decode_attention(*traits, layer.device)[1], *stepper(*traits, layer.device)[1]]
+    if not layer.plan.packs:
+        reasons.append("a layer packs nothing")
+    if any(len(maps.runs) > 1 for maps in layer.maps):
+        reasons.append("a deep crop has closed a group")
+    if min(layer.lengths) < layer.plan.sinks:
+        reasons.append(f"a row holds fewer than its {layer.plan.sinks} sinks")
+    if any(layer.rows.shift(row) is None for row in range(layer.batch_size)):
+        reasons.append("a row's positions have gaps")
+    if reasons:
+        raise ValueError(f"decode steps of this cache cannot be captured: {'; '.join(dict.fromkeys(reasons))}")
+
+
+def _ahead(track: Track, layer: Layer, row: int, room: int) -> tuple[int, int, int]:
+    """The frontier of a row after `room` more tokens, the most that wait on the way, and the most packed at once."""
+    state, length = track.states[row], layer.behind(row)
+    decided, frontier, waiting, packed = state.decided, state.frontier, 0, 0
+    for n in range(length + layer.settled, length + room + 1):  # a rule may not be asked twice at one length
+        decided = track.rule.advance(decided, n, layer.updates == 1 and n == length)
+        new = max(frontier, layer.maps[row].floor(decided, track.codec.granule))
+        frontier, packed = new, max(packed, new - frontier)
+        waiting = max(waiting, n + 1 - frontier)
+    return frontier, waiting, packed
+
+
+def _make_room(layer: Layer, room: int) -> None:
+    """Pools, page tables and rings that `room` more tokens do not outgrow."""
+    rows, ahead = range(layer.batch_size), []
+    for track in layer.tracks:
+        found = [_ahead(track, layer, row, room) for row in rows]
+        ahead += found
+        more = sum(track.pool.missing(row, frontier) for row, (frontier, _, _) in zip(rows, found, strict=True))
+        shared = sum(track.pool.shared_tail(row, track.states[row].frontier) for row in rows)
+        track.pool.resize(track.pool.in_use + more + shared)
+    layer.reserve = max(layer.reserve, max(layer.lengths) + room)
+    layer._fit(max(waiting for _, waiting, _ in ahead))
+
+
+def _most(track: Track, layer: Layer, room: int) -> int:
+    return max(_ahead(track, layer, row, room)[2] for row in range(layer.batch_size))

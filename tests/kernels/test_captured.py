@@ -1,0 +1,108 @@
+"""Captured decode steps are ordinary ones: the same numbers, the same storage. In Triton's interpreter, no graph."""
+
+import pytest
+import torch
+from cases import recipe
+from models_tiny import padded, tiny_llama, unpadded
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+import kvist
+from kvist.attention.captured import Captured
+
+STEPS = 4
+SETTINGS = {  # each packs something within these steps
+    "kivi:2 recent=32": [94, 61],
+    "kivi k=3 v=16 recent=32 sinks=2": [97, 65],
+    "hadamard:4": [90, 60],
+    "streaming:2 window=40": [143, 200],
+    "logquant:2 window=32": [159, 96],
+    "kvmix:2": [100, 77],
+    "kvquant:2 keys=post-rope outliers=0": [90, 61],
+}
+
+
+def generated(model, made, prompt, following, step):
+    """Logits of some steps after a prompt, and the cache."""
+    cache = kvist.Cache(model, made)
+    with torch.no_grad():
+        model(**prompt, past_key_values=cache)
+        return torch.cat(step(cache, following), 1), cache
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_captured_steps_are_ordinary_steps(text, monkeypatch):
+    model, made = tiny_llama(layers=1), recipe(text)
+    prompt, mask = padded(SETTINGS[text]), padded(SETTINGS[text])["attention_mask"]
+    following = torch.randint(3, 100, (2, STEPS), generator=torch.Generator().manual_seed(3))
+
+    def ordinary(cache, following):
+        attended, found = mask, []
+        with kvist.attach(model):
+            for token in following.split(1, dim=1):
+                attended = torch.cat([attended, torch.ones(2, 1, dtype=mask.dtype)], 1)
+                found.append(model(input_ids=token, attention_mask=attended, past_key_values=cache).logits)
+        return found
+
+    def captured(cache, following):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with Captured(model, cache, STEPS) as steps:
+            return [steps.step(token) for token in following.split(1, dim=1)]
+
+    expected, a = generated(model, made, prompt, following, ordinary)
+    found, b = generated(model, made, prompt, following, captured)
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+    for x, y in zip(a.ours, b.ours, strict=True):
+        assert x.lengths == y.lengths
+        for s, t in zip(x.tracks, y.tracks, strict=True):
+            assert s.states == t.states and s.exact.pins == t.exact.pins and s.pool.tables == t.pool.tables
+            packed = 0
+            for row, frontier in enumerate(s.frontiers):
+                packed += frontier
+                if frontier:
+                    decoded = (track.decode(row, range(frontier), x.maps[row]) for track in (s, t))
+                    assert torch.equal(*decoded)
+            assert packed
+    with torch.no_grad():  # the cache goes on as if nothing had been
+        ones = torch.ones(2, mask.shape[1] + STEPS + 1, dtype=mask.dtype)
+        ones[:, : mask.shape[1]] = mask
+        after = [model(input_ids=following[:, :1], attention_mask=ones, past_key_values=c).logits for c in (a, b)]
+    assert torch.allclose(*after, atol=4e-3 * float(expected.abs().max()))
+
+
+def test_greedy_generation_and_the_end_of_the_room(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny_llama(layers=1)
+    cache, prompt = kvist.Cache(model, recipe("kivi:2 recent=32")), unpadded(1, 70)
+    with torch.no_grad():
+        token = model(**prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+    with Captured(model, cache, 3) as steps:
+        found = steps.generate(token, 3)
+        assert found.shape == (1, 3)
+        with pytest.raises(ValueError, match="no room"):
+            steps.step(found[:, -1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("kvquant:2", "before a rotary embedding"), ("kvquant:2 keys=post-rope", "outliers"), ("exact", "packs nothing")],
+)
+def test_what_cannot_be_captured_is_refused_by_name(text, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny_llama(layers=1)
+    cache = kvist.Cache(model, recipe(text))
+    with pytest.raises(ValueError, match="empty"):
+        Captured(model, cache)
+    with torch.no_grad():
+        model(**unpadded(1, 40), past_key_values=cache)
+    with pytest.raises(ValueError, match=reason):
+        Captured(model, cache)
+    with torch.no_grad():  # and nothing is changed
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_layers_of_transformers_own_cannot_be_captured():
+    options = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=101, head_dim=32, layer_types=kinds, **options))
+    with pytest.raises(ValueError, match="every layer"):
+        Captured(model, kvist.Cache(model, "kivi:2"))
