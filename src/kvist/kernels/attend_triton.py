@@ -15,6 +15,9 @@ from kvist.kernels.loose_triton import loose_part
 from kvist.kernels.scores_triton import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
 from kvist.kernels.tiles_triton import decoded, folded_scores, hadamard, slice_channels, value_unit, weigh_folded
 
+SHARE = tl.constexpr(2)  # pages that are worth a program, and a part to merge
+AT_ONCE = tl.constexpr(8)  # parts that are merged at a time
+
 
 @triton.jit
 def _store_packed(out, at, acc, constant, r, columns, real, F: tl.constexpr):
@@ -31,11 +34,11 @@ def _store_packed(out, at, acc, constant, r, columns, real, F: tl.constexpr):
 
 @triton.jit
 def _packed_part(
-    q, out, K, V, skip, b, head, base, at, columns, real, limit, origin, part, splits, scale,
+    q, out, K, V, skip, b, head, base, at, columns, real, limit, origin, first, last, scale,
     k_width, v_width, skip_width, KF: tl.constexpr, VF: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     P2: tl.constexpr, REST: tl.constexpr, SOFTCAP: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """Attention over this program's share of the packed tokens below `limit`, its sums to `out` at `at`; the maximum of
+    """Attention over the packed tokens below `limit` of pages [first, last), its sums to `out` at `at`; the maximum of
     the scores and the sum of the weights (M,)."""
     top = tl.full([M], NONE, tl.float32)
     total = tl.full([T, M], 0.0, tl.float32)  # added up over the tokens of a tile at the end
@@ -43,9 +46,6 @@ def _packed_part(
     largest = peak(query)
     query = scaled(query, 1.0 / largest)
     factor = largest * (scale * LOG2E)
-    pages = (limit + KF.page - 1) // KF.page
-    share = (pages + splits - 1) // splits
-    first, last = part * share, tl.minimum(part * share + share, pages)
     r = 1.0
     acc, constant = (), ()
     if VF.folded:
@@ -95,15 +95,17 @@ def _packed_part(
 @triton.jit
 def decode_kernel(
     q, out, part_out, part_top, part_total, counters, K, V, EK, EV, state, skip, pinned, logits,
-    scale, k_width, v_width, skip_width, sinks, capacity, k_pins, v_pins, pins, splits, parts,
+    scale, k_width, v_width, skip_width, sinks, capacity, k_pins, v_pins, pins, loose, parts,
     KF: tl.constexpr, VF: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, LT: tl.constexpr, P2: tl.constexpr, REST: tl.constexpr, SOFTCAP: tl.constexpr,
-    SKIPS: tl.constexpr, SINK: tl.constexpr, PARTS: tl.constexpr,
+    SKIPS: tl.constexpr, SINK: tl.constexpr, MR: tl.constexpr,
 ):  # fmt: skip
     """q (B, H·ROWS, D), out (B, H·ROWS, Dv) with ROWS = group·QUERIES rows per KV head, in blocks of M columns.
 
-    Grid (parts, B·H, blocks). state (B, 8): sinks held, frontier of keys and of values, tokens behind the sinks,
-    position of slot 0. part_out (B·H, blocks, parts, M, Dv), part_top and part_total (…, M): see the module.
+    Grid (parts, B·H, blocks): the first `loose` parts are of loose tokens, the others share the pages, each at least
+    SHARE of them, so that a short context leaves the rest idle. state (B, 8): sinks held, frontier of keys and of
+    values, tokens behind the sinks, position of slot 0. part_out (B·H, blocks, parts, M, Dv), part_top and part_total
+    (…, M): see the module. MR: rows of a block that are merged.
     """
     part, cell, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, head = cell // HEADS, cell % HEADS
@@ -113,58 +115,70 @@ def decode_kernel(
     kf, vf, origin = tl.load(state + b * 8 + 1), tl.load(state + b * 8 + 2), tl.load(state + b * 8 + 4)
     place = (cell * tl.num_programs(2) + block).to(tl.int64) * parts + part
     at = place * M * VF.dim - block * M * VF.dim
-    if part < splits:
-        top, total = _packed_part(
-            q, part_out, K, V, skip, b, head, base, at, columns, real, tl.minimum(kf, vf), origin, part, splits, scale,
-            k_width, v_width, skip_width, KF, VF, M, T, P2, REST, SOFTCAP, SKIPS,
-        )  # fmt: skip
-    else:
+    limit = tl.minimum(kf, vf)
+    pages = (limit + KF.page - 1) // KF.page
+    share = tl.maximum((pages + parts - loose - 1) // (parts - loose), SHARE)
+    if part < loose:
         top, total = loose_part(
-            q, part_out, K, V, EK, EV, state, skip, pinned, b, head, base, at, columns, real, (part - splits) * LT,
+            q, part_out, K, V, EK, EV, state, skip, pinned, b, head, base, at, columns, real, part * LT,
             scale, k_width, v_width, skip_width, sinks, capacity, k_pins, v_pins, pins,
             KF, VF, QUERIES, M, LT, P2, REST, SOFTCAP, SKIPS,
         )  # fmt: skip
-    tl.store(part_top + place * M + tl.arange(0, M), top)
-    tl.store(part_total + place * M + tl.arange(0, M), total)
+        tl.store(part_top + place * M + tl.arange(0, M), top)
+        tl.store(part_total + place * M + tl.arange(0, M), total)
+    elif (part - loose) * share < pages:
+        first = (part - loose) * share
+        top, total = _packed_part(
+            q, part_out, K, V, skip, b, head, base, at, columns, real, limit, origin, first,
+            tl.minimum(first + share, pages), scale, k_width, v_width, skip_width,
+            KF, VF, M, T, P2, REST, SOFTCAP, SKIPS,
+        )  # fmt: skip
+        tl.store(part_top + place * M + tl.arange(0, M), top)
+        tl.store(part_total + place * M + tl.arange(0, M), total)
     tl.debug_barrier()  # all threads' parts are written before the arrival is told
     counter = counters + cell * tl.num_programs(2) + block
     if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
         tl.store(counter, 0)
-        _merge(out, part_out, part_top, part_total, logits, place - part, cell, columns, real, splits, parts, head,
-               VF, ROWS, QUERIES, M, SINK, PARTS)  # fmt: skip
+        _merge(out, part_out, part_top, part_total, logits, place - part, cell, block, head, loose,
+               loose + (pages + share - 1) // share, VF, ROWS, QUERIES, M, MR, SINK)  # fmt: skip
 
 
 @triton.jit
 def _merge(
-    out, part_out, part_top, part_total, logits, place, cell, columns, real, splits, parts, head,
-    VF: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr, SINK: tl.constexpr,
-    PARTS: tl.constexpr,
+    out, part_out, part_top, part_total, logits, place, cell, block, head, loose, used, VF: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr, MR: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    """All parts of a cell, in order, to its rows of `out`."""
-    m, d, i = tl.arange(0, M), tl.arange(0, VF.padded), tl.arange(0, PARTS)
-    line = (place + i)[:, None] * M + m[None, :]
-    tops = tl.load(part_top + line, mask=(i < parts)[:, None], other=NONE)
-    totals = tl.load(part_total + line, mask=(i < parts)[:, None], other=0.0)
-    top = tl.max(tops, 0)
+    """The first `used` parts of a cell, in order, to its rows of `out`."""
+    m, d, number = tl.arange(0, MR), tl.arange(0, VF.padded), tl.arange(0, 32)
+    columns = block * M + m
+    real = columns < ROWS
+    top = tl.full([MR], NONE, tl.float32)
+    for start in range(0, used, 32):
+        line = (place + start + number)[:, None] * M + m[None, :]
+        tops = tl.load(part_top + line, mask=(start + number < used)[:, None], other=NONE)
+        top = tl.maximum(top, tl.max(tops, 0))
+    total = tl.full([MR], 0.0, tl.float32)
     if SINK:
         logit = tl.load(logits + head * (ROWS // QUERIES) + columns // QUERIES, mask=real, other=0.0) * LOG2E
         top = tl.maximum(top, logit)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)
-    if SINK:
-        total += tl.exp2(logit - top)
-    norm = 1.0 / tl.where(total > 0, total, 1.0)
+        total = tl.exp2(logit - top)
     inside = (d < VF.dim)[:, None] & real[None, :]
-    packed = tl.full([VF.padded, M], 0.0, tl.float32)
-    exact = tl.full([VF.padded, M], 0.0, tl.float32)
-    for part in range(0, parts):
-        weight = tl.exp2(tl.load(part_top + (place + part) * M + m) - top) * norm
-        x = tl.load(part_out + ((place + part) * M + m[None, :]) * VF.dim + d[:, None], mask=inside, other=0.0)
-        if VF.hadamard > 0:
-            packed += tl.where(part < splits, x, 0.0) * weight[None, :]
-            exact += tl.where(part < splits, 0.0, x) * weight[None, :]
-        else:
-            exact += x * weight[None, :]
+    packed = tl.full([VF.padded, MR], 0.0, tl.float32)
+    exact = tl.full([VF.padded, MR], 0.0, tl.float32)
+    for start in range(0, used, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # loads that do not wait for each other
+            part = place + start + i
+            here = start + i < used
+            weight = tl.exp2(tl.load(part_top + part * M + m, mask=here, other=NONE) - top)
+            total += tl.load(part_total + part * M + m, mask=here, other=0.0) * weight
+            x = tl.load(part_out + (part * M + m[None, :]) * VF.dim + d[:, None], mask=inside & here, other=0.0)
+            if VF.hadamard > 0:
+                packed += tl.where(start + i < loose, 0.0, x) * weight[None, :]
+                exact += tl.where(start + i < loose, x, 0.0) * weight[None, :]
+            else:
+                exact += x * weight[None, :]
     if VF.hadamard > 0:
         exact += tl.dot(hadamard(d[:, None], d[None, :], VF.hadamard), packed, input_precision="tf32x3")
+    exact = exact / tl.where(total > 0, total, 1.0)[None, :]
     at = cell.to(tl.int64) * ROWS * VF.dim
     tl.store(out + at + columns[None, :] * VF.dim + d[:, None], exact.to(out.dtype.element_ty), mask=inside)

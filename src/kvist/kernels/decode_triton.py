@@ -19,7 +19,7 @@ from kvist.kernels.tiles_triton import Arrays, Form
 
 COLUMNS = 16  # query rows per program at most
 LOOSE = 32  # loose tokens per program
-WAVES = 4  # programs per multiprocessor that a launch aims for
+WAVES = 8  # programs per multiprocessor that a launch aims for
 
 
 class Configuration(NamedTuple):
@@ -99,7 +99,8 @@ def decode(
     sinks, capacity = k_exact.sinks.shape[2], k_exact.ring.shape[2]
     width = min(k.table.shape[1], v.table.shape[1])
     splits = splits or splits_for(batch * heads * blocks, max(1, width), q.device)
-    parts = splits + -(-(sinks + capacity + pins) // LOOSE)
+    loose = -(-(sinks + capacity + pins) // LOOSE)
+    parts = splits + loose
     scratch = torch.empty(batch * heads * blocks * parts * m * (value_dim + 2), dtype=torch.float32, device=q.device)
     cells = batch * heads * blocks * parts * m
     out = torch.empty(batch, q_heads, queries, value_dim, dtype=q.dtype, device=q.device)
@@ -114,11 +115,11 @@ def decode(
         call.state, none if call.skip is None else call.skip.view(torch.uint8),
         none if call.pinned is None else call.pinned, none if call.sink is None else call.sink.float(),
         call.scale, k.table.shape[1], v.table.shape[1], 0 if call.skip is None else call.skip.shape[1],
-        sinks, capacity, k_exact.pinned.shape[2], v_exact.pinned.shape[2], pins, splits, parts,
+        sinks, capacity, k_exact.pinned.shape[2], v_exact.pinned.shape[2], pins, loose, parts,
         KF=key_form, VF=value_form, HEADS=heads, QUERIES=queries, ROWS=rows, M=m, T=min(config.tile, page), LT=LOOSE,
         P2=max(16, triton.next_power_of_2(pairs)), REST=max(16, triton.next_power_of_2(rest)),
         SOFTCAP=float(call.softcap or 0.0), SKIPS=call.skip is not None, SINK=call.sink is not None,
-        PARTS=triton.next_power_of_2(parts), num_warps=config.warps, num_stages=config.stages,
+        MR=m if value_form.hadamard else min(m, triton.next_power_of_2(rows)), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 
@@ -137,7 +138,7 @@ def compiled(arch: int, key: Form, value: Form, dtype: str = "fp16", m: int = 8,
     fixed = {
         "KF": key, "VF": value, "HEADS": key.heads, "QUERIES": 1, "ROWS": m, "M": m, "T": config.tile, "LT": LOOSE,
         "P2": max(16, triton.next_power_of_2(max(1, key.pairs))), "REST": max(16, key.padded - 2 * key.pairs),
-        "SOFTCAP": 0.0, "SKIPS": False, "SINK": False, "PARTS": 64,
+        "SOFTCAP": 0.0, "SKIPS": False, "SINK": False, "MR": m,
     }  # fmt: skip
     names = decode_kernel.arg_names
     signature = {name: types.get(name, "constexpr" if name in fixed else "i32") for name in names}

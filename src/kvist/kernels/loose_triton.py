@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kvist.kernels.scores_triton import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
 from kvist.kernels.tiles_triton import decoded, hadamard
+from kvist.kernels.unpack_triton import PLAIN
 
 
 @triton.jit
@@ -15,14 +16,15 @@ def _exact(source, at, ok, d, F: tl.constexpr):
 
 @triton.jit
 def _loose_rows(E, kind, b, head, index, ok, d, sinks, capacity, pins, F: tl.constexpr):
-    """Exact tokens (T, N), fp32: kind 0 of the sinks, 1 of the ring, 2 of the pins, at index (T,); others give 0."""
+    """Exact tokens (T, N), in their own type: kind 0 of the sinks, 1 of the ring, 2 of the pins, at index (T,); others give 0."""
     line = (b * F.heads + head).to(tl.int64)
     x = _exact(E[1], line * capacity + index, ok & (kind == 1), d, F)
     if sinks > 0:
         x += _exact(E[0], line * sinks + index, ok & (kind == 0), d, F)
     if pins > 0:
         x += _exact(E[2], line * pins + index, ok & (kind == 2), d, F)
-    return x
+    own = E[1].dtype.element_ty
+    return x if own == tl.bfloat16 and PLAIN else x.to(own)  # the interpreter multiplies bf16 as if it were integers
 
 
 @triton.jit
@@ -66,7 +68,10 @@ def loose_part(
     x = _loose_rows(EK, k_kind, b, head, k_index, ok, d, sinks, capacity, k_pins, KF)
     inside = real[None, :] & (d < KF.dim)[:, None]
     plain = tl.load(q + base + columns[None, :] * KF.dim + d[:, None], mask=inside, other=0.0)
-    s = tl.dot(x, plain.to(tl.float32), input_precision="tf32x3")
+    if plain.dtype == x.dtype and x.dtype != tl.float32:
+        s = tl.dot(x, plain)
+    else:
+        s = tl.dot(x.to(tl.float32), plain.to(tl.float32), input_precision="tf32x3")
     k_packed, v_packed = ok & (k_kind == 3), ok & (v_kind == 3)
     slot = tl.where(k_packed | v_packed, position % KF.page, 0)
     index = tl.where(k_packed | v_packed, position // KF.page, 0)
@@ -80,7 +85,12 @@ def loose_part(
     weights, top, total, _ = soften(s * (scale * LOG2E), seen, top, total, SOFTCAP)
     d = tl.arange(0, VF.padded)
     x = _loose_rows(EV, v_kind, b, head, v_index, ok, d, sinks, capacity, v_pins, VF)
-    acc = tl.dot(tl.trans(x), weights, input_precision="tf32x3")
+    if x.dtype == tl.float32:
+        acc = tl.dot(tl.trans(x), weights, input_precision="tf32x3")
+    else:
+        rounded = weights.to(x.dtype)
+        acc = tl.dot(tl.trans(x), rounded)
+        acc = tl.dot(tl.trans(x), (weights - rounded.to(tl.float32)).to(x.dtype), acc)
     if tl.max(v_packed.to(tl.int32)) > 0:
         page = tl.load(V.table + b * v_width + index, mask=v_packed, other=0).to(tl.int64)
         packed = decoded(V, page, slot, v_packed, head, d, VF)
