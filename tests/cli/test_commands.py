@@ -162,8 +162,12 @@ def test_inspect_of_a_method_that_must_be_fitted(folder):
 
 def test_inspect_says_what_a_gpu_would_run_and_why_not(folder):
     pytest.importorskip("triton")
-    kivi, kvquant = data("inspect", folder, "--device", "cuda", "-m", "kivi:2", "-m", "kvquant:3")["methods"]
-    assert kivi["kernel"] == "kvist.kernels.decode_triton.decode"
+    pytest.importorskip("cuda.bindings")
+    methods = "-m", "kivi:2", "-m", "kvquant:3", "-m", "kivi:3"
+    kivi, kvquant, three = data("inspect", folder, "--device", "cuda", *methods)["methods"]
+    assert kivi["kernel"] == "kvist.kernels.attend_cuda.decode"
+    assert kvquant["kernel"] == three["kernel"] == "kvist.kernels.decode_triton.decode"
+    assert kivi["encoder"] == "kvist.kernels.codec_triton.encode"
     assert kivi["captured"] == "kvist.kernels.step_triton.step"
     reasons = "keys keep outliers; keys are stored before a rotary embedding; values keep outliers"
     assert kvquant["captured"] == f"none: {reasons}"

@@ -9,4 +9,5 @@ from unittest import mock
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
     import triton.experimental.gluon  # noqa: F401  (the first launch imports it, and it must meet the same variable)
 
-    import kvist.kernels.decode_triton  # noqa: F401
+    import kvist.kernels.decode_triton
+    import kvist.kernels.step_triton  # noqa: F401

@@ -4,7 +4,7 @@ Positions count real tokens of a row behind its sinks. A position's page slot eq
 surviving codes stay, the group is closed, and the next token starts a new one (`SlotMap`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.cache.rows import Rows
+from kvist.kernels.choose import packer
 from kvist.plan import LayerPlan, Side
 from kvist.types import Geometry
 
@@ -156,6 +157,10 @@ class Track:
             source = torch.cat([source, source[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
             at = None if at is None else torch.cat([at, at[:, -1:].expand(-1, short)], dim=1)
         tokens = source.shape[2]
+        straight, _ = packer(self.codec.traits, self.pool.device)
+        if straight is not None and at is None:
+            self._encode_straight(straight, rows, source, slots)
+            return
         step = max(page, TILE // (source.shape[0] * source.shape[1] * self.dim) // page * page)
         head = -slots[0] % page if len({slot % page for slot in slots}) == 1 else 0
         whole = head + max(0, tokens - head) // page * page
@@ -164,6 +169,16 @@ class Track:
             arrays = self.codec.encode(source[:, :, a:b], None if at is None else at[:, a:b])
             self.clipped += arrays.pop("clipped", 0)
             self.pool.write(rows, [slot + a for slot in slots], arrays)
+
+    def _encode_straight(self, pack: Callable, rows: Sequence[int], source: Tensor, slots: Sequence[int]) -> None:
+        """One launch, from the values as they come into the pages."""
+        pool, shape = self.pool, source.shape
+        table = pool.table(self.plan.table(max(map(len, pool.tables)), pool.page, self.reserve))
+        table = table if len(rows) == self.batch else table[list(rows)]
+        starts = torch.tensor(slots, dtype=torch.int32, device=pool.device)
+        constants = self.codec.constants(shape[1], pool.device)
+        turn = self.codec.traits.hadamard
+        pack(source, pool.arrays, table, starts, constants, pool.page, turn=turn, clipped=self.clipped)
 
     def crop(self, row: int, length: int, maps: SlotMap, slots: int) -> None:
         """Forget positions from `length` on; `slots` is the slot at which the packed stretch then ends."""

@@ -155,3 +155,23 @@ def _random(config, device: str, dtype: str, seed: int):
     if needed > room:
         raise ValueError(f"the weights take {size(needed)} but {size(room)} are free; give --layers 2, or fewer")
     return random_weights(config, kind, place, seed)
+
+
+@app.command()
+def instructions(
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; repeatable.  [default: all]")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="2 or 4; repeatable.  [default: both]")] = None,
+    group: Annotated[list[int] | None, typer.Option(help="32 or 128; repeatable.  [default: both]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+    json: Json = False,
+) -> None:
+    """Warp instructions per cached number of the GPU decode kernels, from machine code; needs no GPU.
+
+    Beside it the budget: issue slots per number at the full bandwidth of an A100, H200 or B200.
+
+    Example: kvist bench instructions --arch 90 --bits 2
+    """
+    from kvist.bench import instructions as counted
+
+    chosen = {"arch": arch, "bits": bits, "group": group}
+    counted.run(**{k: v for k, v in chosen.items() if v}, out=out, as_json=json)

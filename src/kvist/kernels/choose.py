@@ -1,10 +1,12 @@
 """(operation, traits, device) to an implementation, or to the reasons why only the reference serves."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -84,10 +86,18 @@ class Decode(NamedTuple):
 
 def _available(device: torch.device) -> list[str]:
     if device.type != "cpu":
-        return [f"no kernel for {device.type} yet"]
+        return [f"no kernel for {device.type}, where whole decode steps are one launch"]
     if importlib.util.find_spec("numba") is None:
         return ["numba is not installed (pip install kvist[cpu])"]
     return []
+
+
+def _codec(device: torch.device) -> tuple[ModuleType | None, list[str]]:
+    """What codes and decodes on a device, or the reasons why only the reference does."""
+    if device.type == "cuda" and not (reasons := _no_triton(device.type, False)):
+        return importlib.import_module("kvist.kernels.codec_triton"), []
+    reasons = list(_no_triton(device.type, False)) if device.type != "cpu" else _available(device)
+    return (None, reasons) if reasons else (importlib.import_module("kvist.kernels.codec_numba"), [])
 
 
 @cache
@@ -95,12 +105,9 @@ def encoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tupl
     """The fast encoder and (), or None and the reasons why only the reference serves. It takes values (..., H, T, D),
     fp32 and in the transformed space, `Constants` and the slots of outliers per token; it returns what the reference
     returns, the same to the bit."""
-    reasons = _available(device) or _unserved("values", traits, False)
-    if reasons:
-        return None, tuple(reasons)
-    from kvist.kernels.codec_numba import encode
-
-    return partial(encode, traits), ()
+    module, reasons = _codec(device)
+    reasons = reasons or _unserved("values", traits, False)
+    return (None, tuple(reasons)) if module is None or reasons else (partial(module.encode, traits), ())
 
 
 @cache
@@ -108,12 +115,9 @@ def decoder(traits: Traits, device: torch.device) -> tuple[Callable | None, tupl
     """The fast decoder and (), or None and the reasons why only the reference serves. It takes the arrays of the
     codec's layout and `Constants`, and returns values (..., H, T, D), fp32, in the transformed space, the same to the
     bit."""
-    reasons = _available(device) or _unserved("values", traits, False)
-    if reasons:
-        return None, tuple(reasons)
-    from kvist.kernels.codec_numba import decode
-
-    return partial(decode, traits), ()
+    module, reasons = _codec(device)
+    reasons = reasons or _unserved("values", traits, False)
+    return (None, tuple(reasons)) if module is None or reasons else (partial(module.decode, traits), ())
 
 
 @cache
@@ -133,11 +137,8 @@ def exact_attention(device: torch.device) -> tuple[Callable | None, tuple[str, .
 @cache
 def rotator(device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast `grid.rotate`, the same to the bit, and (), or None and the reasons."""
-    if reasons := _available(device):
-        return None, tuple(reasons)
-    from kvist.kernels.codec_numba import rotate
-
-    return rotate, ()
+    module, reasons = _codec(device)
+    return (None, tuple(reasons)) if module is None else (module.rotate, ())
 
 
 @cache
@@ -179,9 +180,28 @@ def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool
         return None, reasons
     if value.rotary:
         return None, ("values are stored before a rotary embedding",)
+    if device == "cuda":
+        from kvist.kernels import attend_cuda
+
+        if not attend_cuda.unserved(key, value):
+            return partial(attend_cuda.decode, key, value), ()
     from kvist.kernels.decode_triton import decode
 
     return partial(decode, key, value), ()
+
+
+def packer(traits: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+    """What encodes values straight into the pages of a pool, and (), or None and the reasons why they are encoded first
+    and written then. See `codec_triton.encode_pages`."""
+    reasons = _no_triton(device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    reasons = list(reasons) or _unserved("values", traits, False)
+    if traits.outliers:
+        reasons.append("outliers are found before anything is packed")
+    if reasons:
+        return None, tuple(reasons)
+    from kvist.kernels.codec_triton import encode_pages
+
+    return partial(encode_pages, traits), ()
 
 
 def stepper(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:

@@ -1,217 +1,201 @@
-"""Coding and decoding in Triton: to the bit what the reference in `coding` gives.
+"""Coding, decoding and rotating in Triton: to the bit what the reference in `coding` gives.
 
-A program codes a tile of tokens of one head; where one range spans all heads, a tile of all of them. Channels are
-handled in an order that makes planar packing a sum: as 8 runs of D/8 channels, so that every field of a byte, of any
-width, is a run or several. Divisions are exact and nothing is fused, or the codes would differ from the reference's.
+A program codes a tile of tokens of one head; where one range spans all heads, a tile of all of them.
 """
 
 from math import prod
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.bits import PLANES, packed_bytes
+from kvist.kernels.bits import packed_bytes
 from kvist.kernels.choose import Constants, Traits
-
-TILE = 4096  # values per program
-EXACT = {"enable_fp_fusion": False}
-
-
-class Coding(NamedTuple):
-    """What is known of one side when a kernel is compiled.
-
-    low, high: bits of its planes, 0 where nothing is coded; tile: tokens per program; part: channels of each run of D/8
-    that a program handles, up to a power of two; even: all of them, with no room left over; group: neighbours that
-    share a range; steps: what the difference of extremes is divided by; shift: the offset in scales, of symmetric
-    ranges; levels: points of a table, 0 for uniform ones; hadamard: size of the blocks that tokens are rotated by.
-    """
-
-    low: int
-    high: int
-    dim: int
-    heads: int
-    tile: int
-    part: int
-    even: bool
-    group: int
-    along_tokens: bool
-    across: bool
-    stored: bool
-    symmetric: bool
-    steps: float
-    shift: float
-    levels: int
-    hadamard: int
-    outliers: bool
+from kvist.kernels.coding_triton import (
+    EXACT,
+    TILE,
+    Coding,
+    butterflies,
+    coding,
+    compiled,
+    kinds,
+    parts,
+    pointers,
+    warps,
+)
+from kvist.kernels.outliers_triton import escape, restore
+from kvist.kernels.pack_triton import code_tile
 
 
-class Arrays(NamedTuple):
-    """Pointers of one side. Those that a coding has no use for point anywhere."""
-
-    codes: object
-    scale: object
-    offset: object
-    edges: object
-    points: object
-    fixed_scale: object
-    fixed_offset: object
-    escaped: object
-    clipped: object
-
-
-def coding(traits: Traits, dim: int, heads: int, tokens: int, turn: bool = False) -> Coding:
-    """One side as a kernel is compiled for it. tokens: the most that are coded at a time; turn: rotate them first."""
-    raw, table, symmetric = traits.levels == "raw", traits.levels == "table", traits.range == "absmax"
-    low, high = (0, 0) if raw else (*PLANES[traits.bits], 0)[:2]
-    group, part = traits.group or dim, triton.next_power_of_2(dim // 8)
-    hadamard = dim & -dim if turn and traits.hadamard else 0
-    if traits.along == "tokens" and not raw:
-        tile = triton.next_power_of_2(group)
-        while not hadamard and part > 16 and tile * part * 8 > 4 * TILE:
-            part //= 2
+@triton.jit
+def _encode(
+    P, source, tokens, tiles, row_stride, stride, token_stride, table, starts, width, PAGE: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    pieces: tl.constexpr = (C.dim // 8 + C.part - 1) // C.part
+    heads: tl.constexpr = 1 if C.across else C.heads
+    step: tl.constexpr = C.group if C.along_tokens else C.tile
+    i = tl.program_id(0)
+    tile, i = i % tiles, i // tiles
+    first, i = i % pieces * C.part, i // pieces
+    head, row = i % heads, (i // heads).to(tl.int64)
+    t = tl.arange(0, C.tile)
+    slot = (tile * step + t).to(tl.int64)
+    real = (t < step) & (slot < tokens)
+    at = row * row_stride + slot * token_stride
+    if PAGE > 0:
+        slot += tl.load(starts + row)
+        held = tl.load(table + row * width + slot // PAGE, mask=real, other=0).to(tl.int64)
+        code_tile(P, source, at, stride, real, held, slot % PAGE, PAGE, head, first, C)
     else:
-        tile = max(1, min(TILE // (8 * part), triton.next_power_of_2(max(1, tokens))))
-    steps = 2.0 if table else float(2**traits.bits - 1)
-    unit = torch.tensor(2.0) / steps
-    return Coding(
-        low=low, high=high, dim=dim, heads=heads, tile=tile, part=part, even=8 * part == dim, group=group,
-        along_tokens=traits.along == "tokens" and not raw, across=traits.across_heads, stored=traits.range != "fixed",
-        symmetric=symmetric, steps=steps, shift=(torch.tensor(0.0 if table else -1.0) / unit).item(),
-        levels=2**traits.bits if table else 0, hadamard=hadamard, outliers=traits.outliers,
-    )  # fmt: skip
-
-
-def warps(c: Coding) -> int:
-    """For about 32 values per thread."""
-    return max(1, min(16, c.tile * c.part * 8 // 1024))
-
-
-def parts(c: Coding) -> int:
-    """Programs that share the channels of a tile of tokens."""
-    return -(-(c.dim // 8) // c.part)
+        code_tile(P, source, at, stride, real, row + slot * 0, slot, tokens, head, first, C)
 
 
 @triton.jit
-def channels(first, C: tl.constexpr):
-    """The channel (8·part,) of every column, when each run of D/8 starts at its channel `first`; which are channels."""
-    c = tl.arange(0, 8 * C.part)
-    if C.even:
-        return c, c < C.dim
-    w = first + c % C.part
-    return c // C.part * (C.dim // 8) + w, w < C.dim // 8
+def encode_kernel(P, source, tokens, tiles, row_stride, stride, token_stride, C: tl.constexpr):
+    """A program per tile of tokens, part of the channels, head (one for all where a range spans them) and row."""
+    _encode(P, source, tokens, tiles, row_stride, stride, token_stride, source, source, 0, 0, C)
 
 
 @triton.jit
-def butterflies(x, BLOCK: tl.constexpr):
-    """fp32 (T, N), each `BLOCK` of it rotated: see `grid.rotate`, whose sums and differences these are."""
-    T: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    x = x * (BLOCK**-0.5)
-    for i in tl.static_range(20):
-        half: tl.constexpr = 1 << i
-        if half < BLOCK:
-            pairs = tl.reshape(x, (T, N // (2 * half), 2, half))
-            second = (tl.arange(0, 2) == 1)[None, None, :, None]
-            total = tl.expand_dims(tl.sum(pairs, 2), 2)
-            difference = tl.expand_dims(tl.sum(tl.where(second, -pairs, pairs), 2), 2)
-            x = tl.reshape(tl.where(second, difference, total), (T, N))
-    return x
+def pages_kernel(
+    P, source, tokens, tiles, row_stride, stride, token_stride, table, starts, width, PAGE: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The same, into slots of pages: those of a row from its start on."""
+    _encode(P, source, tokens, tiles, row_stride, stride, token_stride, table, starts, width, PAGE, C)
 
 
 @triton.jit
-def tokens_of(source, at, real, d, inside, C: tl.constexpr):
-    """Values (T, N), fp32, of tokens that start at `at` (T,) of `source`; 0 where there are none."""
-    if C.hadamard > 0:
-        n = tl.arange(0, 8 * C.part)
-        x = tl.load(source + at[:, None] + n[None, :], mask=real[:, None] & (n < C.dim)[None, :], other=0.0)
-        x = butterflies(x.to(tl.float32), C.hadamard)
-        if C.even:
-            return x
-        return tl.gather(x, tl.broadcast_to(tl.minimum(d, C.dim - 1)[None, :], (C.tile, 8 * C.part)), 1)
-    return tl.load(source + at[:, None] + d[None, :], mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def narrowed(x):
-    """fp16, as scales and offsets are stored: see `grid.narrow`."""
-    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-
-
-@triton.jit
-def ranged(low, high, C: tl.constexpr):
-    """Extremes to scale and offset, fp16; of a group without members those of 0."""
-    nothing = low > high
-    low, high = tl.where(nothing, 0.0, low), tl.where(nothing, 0.0, high)
-    if C.symmetric:
-        high = tl.maximum(tl.maximum(-low, high), 0.0)
-        low = -high
-    scale = narrowed(tl.math.div_rn(high - low, C.steps))
-    return scale, narrowed(tl.math.div_rn(high + low, 2.0) if C.levels > 0 else low)
-
-
-@triton.jit
-def applied(scale, offset, C: tl.constexpr):
-    """Stored scale and offset as values are divided with, fp32."""
-    s = scale.to(tl.float32)
-    return s, s * C.shift if C.symmetric else offset.to(tl.float32)
-
-
-@triton.jit
-def member_extremes(x, member, axis: tl.constexpr):
-    return tl.min(tl.where(member, x, float("inf")), axis), tl.max(tl.where(member, x, float("-inf")), axis)
-
-
-@triton.jit
-def measured(P, x, member, real, d, inside, entry, C: tl.constexpr):
-    """Scale and offset of the tokens of one head, stored at their entries (T,) and spread to where they are applied."""
-    if C.along_tokens:
-        scale, offset = ranged(*member_extremes(x, member, 0), C)
-        where = tl.min(entry) // C.group * C.dim + d
-        tl.store(P.scale + where, scale, mask=inside)
+def decode_kernel(P, out, tokens, tiles, C: tl.constexpr):
+    """A program per tile of tokens, head and row: codes to values (N, H, T, D), fp32."""
+    i = tl.program_id(0)
+    tile, i = i % tiles, i // tiles
+    head, row = i % C.heads, (i // C.heads).to(tl.int64)
+    t = (tile * C.tile + tl.arange(0, C.tile)).to(tl.int64)
+    d = tl.arange(0, 8 * C.part)
+    seen = (t < tokens)[:, None] & (d < C.dim)[None, :]
+    entry = (row * C.heads + head) * tokens + t
+    size: tl.constexpr = C.dim // 8 * (C.low + C.high)
+    wide: tl.constexpr = C.dim // 8 * C.low
+    codes = tl.load(P.codes + entry[:, None] * size + (d % wide)[None, :], mask=seen, other=0).to(tl.int32)
+    codes = (codes >> (d // wide * C.low)[None, :]) & ((1 << C.low) - 1)
+    if C.high > 0:
+        thin: tl.constexpr = C.dim // 8 * C.high
+        byte = tl.load(P.codes + entry[:, None] * size + wide + (d % thin)[None, :], mask=seen, other=0).to(tl.int32)
+        codes = codes | (((byte >> (d // thin * C.high)[None, :]) & ((1 << C.high) - 1)) << C.low)
+    point = tl.load(P.points + codes, mask=seen, other=0.0) if C.levels > 0 else codes.to(tl.float32)
+    if C.stored:
+        if C.along_tokens:
+            where = (entry // C.group)[:, None] * C.dim + d[None, :]
+        elif C.across:
+            where = (row * tokens + t)[:, None] + d[None, :] * 0
+        else:
+            where = entry[:, None] * ((C.dim + C.group - 1) // C.group) + (d // C.group)[None, :]
+        scale = tl.load(P.scale + where, mask=seen, other=0.0).to(tl.float32)
+        offset = scale * C.shift
         if not C.symmetric:
-            tl.store(P.offset + where, offset, mask=inside)
-        scale, offset = applied(scale, offset, C)
-        return scale[None, :], offset[None, :]
-    groups: tl.constexpr = (C.dim + C.group - 1) // C.group
-    T: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    if C.even and N % C.group == 0 and (C.group & (C.group - 1)) == 0:
-        split: tl.constexpr = (T, groups, C.group)
-        low, high = member_extremes(tl.reshape(x, split), tl.reshape(member, split), 2)
-        scale, offset = ranged(low, high, C)
-        where = entry[:, None] * groups + tl.arange(0, groups)[None, :]
-        tl.store(P.scale + where, scale, mask=real[:, None])
-        if not C.symmetric:
-            tl.store(P.offset + where, offset, mask=real[:, None])
-        scale, offset = applied(scale, offset, C)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], split), (T, N))
-        return scale, tl.reshape(tl.broadcast_to(offset[:, :, None], split), (T, N))
-    scales, offsets = tl.zeros([T, N], tl.float32), tl.zeros([T, N], tl.float32)
-    for g in tl.static_range(groups):
-        here = (d // C.group == g)[None, :]
-        scale, offset = ranged(*member_extremes(x, member & here, 1), C)
-        tl.store(P.scale + entry * groups + g, scale, mask=real)
-        if not C.symmetric:
-            tl.store(P.offset + entry * groups + g, offset, mask=real)
-        scale, offset = applied(scale, offset, C)
-        scales, offsets = tl.where(here, scale[:, None], scales), tl.where(here, offset[:, None], offsets)
-    return scales, offsets
+            offset = tl.load(P.offset + where, mask=seen, other=0.0).to(tl.float32)
+    else:
+        where = (head * C.dim + d)[None, :]
+        scale = tl.load(P.fixed_scale + where, mask=(d < C.dim)[None, :], other=0.0)
+        offset = tl.load(P.fixed_offset + where, mask=(d < C.dim)[None, :], other=0.0)
+    tl.store(out + entry[:, None] * C.dim + d[None, :], point * scale + offset, mask=seen)
+
+
+def _launch(traits: Traits, x: Tensor, turn: bool) -> tuple[Tensor, Coding, int, int]:
+    """Values (N, H, T, D) as a kernel reads them, their coding, and how many tiles of tokens and programs there are."""
+    count, heads, tokens, dim = x.shape
+    if tokens % (traits.group if traits.along == "tokens" else 1):
+        raise ValueError(f"{tokens} tokens are not whole groups of {traits.group}: encode them when a group is full")
+    source, c = x if x.stride(3) == 1 else x.contiguous(), coding(traits, dim, heads, tokens, turn)
+    tiles = -(-tokens // (c.group if c.along_tokens else c.tile))
+    return source, c, tiles, tiles * parts(c) * (1 if c.across else heads) * count
+
+
+def encode(traits: Traits, x: Tensor, constants: Constants, slots: int, turn: bool = False) -> dict[str, Tensor]:
+    """See `choose.encoder`. x may be of any float type and strides; with `turn` it is given before its Hadamard
+    rotation, which is done on the way."""
+    lead, (heads, tokens, dim) = x.shape[:-3], x.shape[-3:]
+    count, device, found, escaped = prod(lead), x.device, {}, None
+    if turn and traits.hadamard and slots:
+        x, turn = rotate(x, dim & -dim), False
+    source, c, tiles, programs = _launch(traits, x.reshape(count, heads, tokens, dim), turn)
+    size = packed_bytes(dim, traits.bits)
+    arrays = {"codes": torch.empty(count, heads, tokens, size, dtype=torch.uint8, device=device)}
+    shape = (heads, tokens // c.group, dim) if c.along_tokens else (heads, tokens, -(-dim // c.group))
+    for name in ("scale", "offset")[: c.stored * (1 if c.symmetric else 2)]:
+        numbers = (tokens, 1) if c.across else shape
+        arrays[name] = torch.empty(count, *numbers, dtype=torch.float16, device=device)
+    if slots:
+        found, escaped = escape(traits, source, constants, slots)
+    clipped = None if c.stored else torch.zeros((), dtype=torch.int64, device=device)
+    if programs:
+        encode_kernel[(programs,)](
+            pointers(arrays, constants, escaped, clipped), source, tokens, tiles, *source.stride()[:3],
+            C=c, num_warps=warps(c), **EXACT,
+        )  # fmt: skip
+    arrays = {name: array.view(*lead, *array.shape[1:]) for name, array in (arrays | found).items()}
+    return arrays if clipped is None else arrays | {"clipped": clipped}
+
+
+def encode_pages(
+    traits: Traits, x: Tensor, arrays: dict[str, Tensor], table: Tensor, starts: Tensor, constants: Constants,
+    page: int, turn: bool = False, clipped: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`encode`, straight into the pages of a pool: token i of row r of x (B, H, T, D) into page slot starts[r] + i, by
+    page tables (B, width) int32 and starts (B,) int32, whole groups. clipped: int64, is added to."""
+    if traits.outliers:
+        raise ValueError("outliers are found before anything is packed: use `encode`, and write what it returns")
+    source, c, tiles, programs = _launch(traits, x, turn)
+    if clipped is None and not c.stored:
+        clipped = torch.empty((), dtype=torch.int64, device=x.device)  # added to, and never read
+    if programs:
+        pages_kernel[(programs,)](
+            pointers(arrays, constants, None, clipped), source, x.shape[2], tiles, *source.stride()[:3],
+            table, starts, table.shape[1], PAGE=page, C=c, num_warps=warps(c), **EXACT,
+        )  # fmt: skip
+
+
+def decode(traits: Traits, arrays: dict[str, Tensor], constants: Constants) -> Tensor:
+    """See `choose.decoder`."""
+    lead, (heads, tokens, size) = arrays["codes"].shape[:-3], arrays["codes"].shape[-3:]
+    count, dim = prod(lead), size * 8 // traits.bits
+    flat = {name: array.contiguous() for name, array in arrays.items()}
+    out = torch.empty(*lead, heads, tokens, dim, dtype=torch.float32, device=flat["codes"].device)
+    c = coding(traits, dim, heads, tokens)
+    c = c._replace(tile=max(1, TILE // (8 * triton.next_power_of_2(dim // 8))), part=triton.next_power_of_2(dim // 8))
+    tiles = -(-tokens // c.tile)
+    if programs := tiles * heads * count:
+        decode_kernel[(programs,)](
+            pointers(flat, constants, None, None), out, tokens, tiles, C=c, num_warps=warps(c), **EXACT
+        )
+        if traits.outliers:
+            restore(flat, out)
+    return out
 
 
 @triton.jit
-def measured_across(P, source, at, stride, real, d, inside, entry, row, C: tl.constexpr):
-    """`measured` of whole tokens: one scale and one offset for all heads, at rows (T,)."""
-    low, high = tl.full([C.tile], float("inf"), tl.float32), tl.full([C.tile], float("-inf"), tl.float32)
-    for h in range(0, C.heads):
-        x = tokens_of(source, at + tl.cast(h, tl.int64) * stride, real, d, inside, C)
-        least, most = member_extremes(x, members(P, entry(h), real, d, inside, C), 1)
-        low, high = tl.minimum(low, least), tl.maximum(high, most)
-    scale, offset = ranged(low, high, C)
-    tl.store(P.scale + row, scale, mask=real)
-    if not C.symmetric:
-        tl.store(P.offset + row, offset, mask=real)
-    scale, offset = applied(scale, offset, C)
-    return scale[:, None], offset[:, None]
+def rotate_kernel(x, out, rows, C: tl.constexpr):
+    """A program per tile of rows (N, D), in fp32."""
+    row = (tl.program_id(0) * C.tile + tl.arange(0, C.tile)).to(tl.int64)
+    d = tl.arange(0, 8 * C.part)
+    at, mask = row[:, None] * C.dim + d[None, :], (row < rows)[:, None] & (d < C.dim)[None, :]
+    tl.store(out + at, butterflies(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), C.hadamard), mask=mask)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """`grid.rotate`; x may be of any float type."""
+    x, dim = x.contiguous(), x.shape[-1]
+    out, rows = torch.empty_like(x, dtype=torch.float32), x.numel() // dim
+    c = coding(Traits("uniform", 8, "channels", 0, False, "minmax"), dim, 1, rows)._replace(hadamard=block)
+    if rows:
+        rotate_kernel[(-(-rows // c.tile),)](x, out, rows, C=c, num_warps=warps(c), **EXACT)
+    return out
+
+
+def compile_encoder(arch: int, c: Coding, dtype: str = "fp16"):
+    """The encoder for `sm_arch`, without a GPU. dtype: of the values, in Triton's words."""
+    types, strides = {"P": kinds(True), "source": f"*{dtype}"}, ("row_stride", "stride", "token_stride")
+    return compiled(encode_kernel, arch, types, {"C": c}, warps(c), strides)

@@ -119,7 +119,8 @@ def decode(
         KF=key_form, VF=value_form, HEADS=heads, QUERIES=queries, ROWS=rows, M=m, T=min(config.tile, page), LT=LOOSE,
         P2=max(16, triton.next_power_of_2(pairs)), REST=max(16, triton.next_power_of_2(rest)),
         SOFTCAP=float(call.softcap or 0.0), SKIPS=call.skip is not None, SINK=call.sink is not None,
-        MR=m if value_form.hadamard else min(m, triton.next_power_of_2(rows)), num_warps=config.warps, num_stages=config.stages,
+        MR=m if value_form.hadamard else min(m, triton.next_power_of_2(rows)),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 

@@ -16,7 +16,8 @@ def _exact(source, at, ok, d, F: tl.constexpr):
 
 @triton.jit
 def _loose_rows(E, kind, b, head, index, ok, d, sinks, capacity, pins, F: tl.constexpr):
-    """Exact tokens (T, N), in their own type: kind 0 of the sinks, 1 of the ring, 2 of the pins, at index (T,); others give 0."""
+    """Exact tokens (T, N), in their own type, at index (T,) of the sinks (kind 0), the ring (1) or the pins (2); of any
+    other kind 0."""
     line = (b * F.heads + head).to(tl.int64)
     x = _exact(E[1], line * capacity + index, ok & (kind == 1), d, F)
     if sinks > 0:

@@ -1,0 +1,178 @@
+"""One launch per decode step writes what the reference writes: rings and pools are equal bit for bit."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from kvist.cache.exact import Exact
+from kvist.cache.pages import Pool
+from kvist.coding import AbsMax, Codec, Fixed, Grouping, Hadamard, Raw, Slots, Table, Uniform
+from kvist.methods.parts import per_channel, per_token
+from kvist.types import MIN_PAGE
+
+pytest.importorskip("triton")
+with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+    from kvist.kernels.step_triton import step, unserved
+
+CPU, HEADS, CAPACITY, WIDTH = torch.device("cpu"), 2, 160, 5
+POINTS = (-1.0, -0.6, -0.25, -0.1, 0.05, 0.3, 0.7, 1.0)
+
+
+class _Side:
+    """What one side stores: its ring, and a pool whose pages are handed out in some order."""
+
+    def __init__(self, codec, dim, starts, dtype, page):
+        self.codec, self.dim, self.page = codec, dim, page
+        self.exact = Exact(len(starts), HEADS, dim, 0, 0, dtype, CPU)
+        self.exact.resize(CAPACITY, [0] * len(starts), [0] * len(starts))
+        self.exact.ring.zero_()
+        self.pool = Pool(codec.layout(HEADS, dim, dtype), HEADS, page, CPU, len(starts))
+        self.pool.resize(WIDTH * len(starts))
+        for array in self.pool.arrays.values():
+            array.zero_()
+        self.pool.free = torch.randperm(WIDTH * len(starts), generator=torch.Generator().manual_seed(3)).tolist()
+        self.clipped = torch.zeros((), dtype=torch.long)
+        for row in range(len(starts)):
+            self.pool.extend(row, 0, WIDTH * page)
+
+    def pack(self, row, start, count):
+        """As `Track` does it, by the reference."""
+        x = self.exact.get([row], start, start + count)
+        codec = self.codec
+        arrays = codec.encode(x) if codec.raw else codec._reference(codec.transform.forward(x.float()))
+        self.clipped += arrays.pop("clipped", 0)
+        self.pool.write([row], [start], arrays)
+
+
+def _table():
+    return Table(bits=3, points=POINTS)
+
+
+def _fixed(dim):
+    span = torch.linspace(0.5, 2, HEADS * dim)
+    return Fixed(low=tuple((-span).tolist()), high=tuple(span.tolist()))
+
+
+CODECS = {
+    "channel": lambda dim: per_channel(2, 32),
+    "channel, long": lambda dim: per_channel(3, 128),
+    "channel, odd": lambda dim: per_channel(4, 40),
+    "token": lambda dim: per_token(4),
+    "groups": lambda dim: per_token(1, 32),
+    "hadamard": lambda dim: per_token(3, 32).model_copy(update={"transform": Hadamard()}),
+    "all heads": lambda dim: Codec(levels=_table(), grouping=Grouping(along="channels", across_heads=True)),
+    "fixed": lambda dim: Codec(levels=_table(), grouping=Grouping(along="channels"), range=_fixed(dim)),
+    "fixed, even": lambda dim: Codec(levels=Uniform(bits=8), grouping=Grouping(along="channels"), range=_fixed(dim)),
+    "symmetric": lambda dim: Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), range=AbsMax()),
+    "raw": lambda dim: Codec(levels=Raw(), grouping=Grouping(along="channels")),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dim", "value_dim", "dtype"),
+    [
+        ("channel", "groups", 64, 64, torch.float16),
+        ("channel, long", "token", 128, 96, torch.bfloat16),
+        ("channel, odd", "raw", 40, 64, torch.float32),
+        ("hadamard", "hadamard", 80, 128, torch.float16),
+        ("fixed", "all heads", 96, 64, torch.float16),
+        ("raw", "fixed, even", 64, 256, torch.bfloat16),
+        ("all heads", "symmetric", 80, 64, torch.float32),
+    ],
+)
+def test_steps_write_what_the_reference_writes(key, value, dim, value_dim, dtype):
+    generator = torch.Generator().manual_seed(dim + value_dim)
+    codecs, dims, held = (CODECS[key](dim), CODECS[value](value_dim)), (dim, value_dim), [37, 0, 131]
+    page = max(MIN_PAGE, *(c.granule if c.granule % MIN_PAGE in (0, 32) else 2 * c.granule for c in codecs))
+    ours, theirs = ([_Side(c, d, held, dtype, page) for c, d in zip(codecs, dims, strict=True)] for _ in range(2))
+    state, most = torch.zeros(3, 6, dtype=torch.int32), tuple(max(c.granule, 3) for c in codecs)
+    most = tuple(-(-m // c.granule) * c.granule for m, c in zip(most, codecs, strict=True))
+    for row, count in enumerate(held):
+        for d, *sides in zip(dims, ours, theirs, strict=True):
+            x = torch.randn(1, HEADS, count, d, generator=generator).to(dtype)
+            for side in sides:
+                side.exact.put([row], 0, x)
+    positions, frontiers = list(held), [[0, 0] for _ in held]
+    for number in range(9):
+        new = [torch.randn(3, HEADS, 1, d, generator=generator).to(dtype) for d in dims]
+        state.zero_()
+        for row in range(3):
+            skipped = row == 1 and number == 4  # a row that has ended, or whose token is a sink
+            state[row, 0] = -1 if skipped else positions[row]
+            for s, codec in enumerate(codecs):
+                start = frontiers[row][s]
+                whole = (positions[row] - start) // codec.granule * codec.granule
+                count = min(whole, most[s]) if number % 2 == s or codec.granule == 1 else 0
+                state[row, 1 + 2 * s], state[row, 2 + 2 * s] = start, count
+                if count:
+                    theirs[s].pack(row, start, count)
+                frontiers[row][s] += count
+                if not skipped:
+                    theirs[s].exact.put([row], positions[row], new[s][row : row + 1])
+            positions[row] += not skipped
+        arrays, rings = tuple(s.pool.arrays for s in ours), tuple(s.exact.ring for s in ours)
+        tables, clipped = tuple(s.pool.table(WIDTH + 1) for s in ours), tuple(s.clipped for s in ours)
+        constants = tuple(c.constants(HEADS, CPU) for c in codecs)
+        step(*(c.traits for c in codecs), *new, rings, arrays, tables, constants, state, page, most, clipped)
+    assert max(f for row in frontiers for f in row) > 20
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.exact.ring, other.exact.ring) and mine.clipped == other.clipped
+        for name, array in other.pool.arrays.items():
+            assert torch.equal(mine.pool.arrays[name], array), name
+
+
+def test_what_it_does_not_serve_is_named():
+    plain = per_token(4).traits
+    sparse = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), outliers=Slots(slots=2)).traits
+    assert unserved(plain, plain) == ()
+    assert unserved(plain, sparse) == ("values keep outliers",)
+    with pytest.raises(ValueError, match="outliers"):
+        step(sparse, plain, *[None] * 7, 64, (1, 1))
+
+
+PROGRAM = """
+from kvist.kernels.choose import Traits
+from kvist.kernels.codec_triton import compile_encoder, decode_kernel, pages_kernel, rotate_kernel
+from kvist.kernels.coding_triton import coding, compiled, kinds, warps
+from kvist.kernels.outliers_triton import find_kernel, restore_kernel
+from kvist.kernels.step_triton import compile_step
+
+key, value = Traits("uniform", 2, "tokens", 128, False, "minmax"), Traits("uniform", 3, "channels", 32, False, "minmax")
+turned = Traits("uniform", 4, "channels", 0, False, "minmax", hadamard=True)
+fixed = Traits("table", 4, "channels", 0, False, "fixed", True, "largest")
+across = Traits("table", 3, "channels", 0, True, "minmax", True, "sides")
+raw = Traits("raw", 16, "channels", 0, False, "minmax")
+for arch in (80, 90, 100):
+    for traits, dim in ((key, 128), (value, 96), (turned, 80), (fixed, 64), (across, 128)):
+        c = coding(traits, dim, 4, 1 << 20, turn=True)
+        made = compile_encoder(arch, c)
+        assert made.asm["cubin"] and made.metadata.shared <= 99 << 10, (arch, traits)
+        if arch == 90:
+            compiled(decode_kernel, arch, {"P": kinds(True), "out": "*fp32"}, {"C": c}, warps(c))
+    sides = [coding(t, 128, 4, 32, turn=True) for t in (key, value, turned, raw)]
+    assert compile_step(arch, *sides[:2]).asm["cubin"] and compile_step(arch, *sides[2:]).asm["cubin"]
+    assert compile_step(arch, *(coding(t, 96, 4, 1)._replace(outliers=False) for t in (fixed, across))).asm["cubin"]
+types = {"P": kinds(True), "source": "*fp16", "table": "*i32", "starts": "*i32"}
+c = coding(key, 128, 4, 1 << 20)
+assert compiled(pages_kernel, 90, types, {"PAGE": 128, "C": c}, warps(c)).asm["cubin"]
+c = coding(turned, 80, 1, 1 << 20)._replace(hadamard=16)
+compiled(rotate_kernel, 90, {"x": "*fp32", "out": "*fp32"}, {"C": c}, warps(c))
+stored = {"outlier": "*fp16", "channel": "*u8", "ends": "*u8"}
+floats = dict.fromkeys(("x", "fixed_scale", "fixed_offset"), "*fp32")
+sizes = dict(HEADS=8, DIM=128, SLOTS=12)
+found = compiled(
+    find_kernel, 90, stored | floats | {"escaped": "*u8"}, dict(sizes, FIXED=True, LARGEST=False, T=1, N=1024), 2
+)
+assert found.asm["cubin"] and compiled(restore_kernel, 90, stored | {"out": "*fp32"}, dict(sizes, S=16), 1).asm["cubin"]
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout == "compiled\n", done.stderr[-2000:]
