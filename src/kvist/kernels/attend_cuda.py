@@ -1,4 +1,4 @@
-"""The host's side of `decode.cu`: which cells it serves, its compilation at run time, and its launch.
+"""The host's side of `cuda/decode.cu`: which cells it serves, its compilation at run time, and its launch.
 
 NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and shape; nothing is built at install. What
 the kernel does not serve goes to Triton's.
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvist.kernels.choose import Decode, Exact, Stored, Traits
 
-SOURCE = Path(__file__).with_name("decode.cu")
+FOLDER = Path(__file__).with_name("cuda")
+SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "pages.cuh", "primitives.cuh")
 DIM = 128
 LOOSE = 64  # exact tokens per block
 SHARED = 70 << 10  # bytes of a block's pages at most, so that three blocks share a multiprocessor
@@ -99,7 +100,9 @@ def compiled(made: Cell, arch: int, ptx: bool = False) -> bytes:
     macros = made._asdict() | {"WARPS": made.warps, "STAGES": made.stages, "LOOSE": LOOSE, "BULK": int(arch >= 90)}
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
-    _, program = _ok(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
+    source = SOURCE.read_bytes(), SOURCE.name.encode()
+    _, program = _ok(nvrtc.nvrtcCreateProgram(*source, len(names), headers, names))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
     if int(failed):
         log = b" " * _ok(nvrtc.nvrtcGetProgramLogSize(program))[1]

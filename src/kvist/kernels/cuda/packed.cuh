@@ -1,245 +1,17 @@
-// Decode attention straight from planar pages of uniform codes, with the exact tokens beside them, in one launch.
+// Attention over packed pages, a warp at a time.
 //
 // Keys and values are the M operand of mma.sync.m16n8k16, up to 8 query rows the N operand. A code masked at bit k of a
 // half IS the fp16 number code * 2^(k-24): one LOP3 yields two operands. The order of channels in q.k and of channels
 // in the rows of the output is free, so pages are used as every other kernel stores them; values need pairs of tokens,
 // which one byte permutation makes. Each warp owns pages of its own and a ring of them in shared memory.
 //
-// Constants: KB, VB bits; KG, VG tokens or channels that share a range; PAGE, HEADS, ROWS, QUERIES; TYPE of queries and
-// exact tokens (0 fp16, 1 bf16, 2 fp32); WARPS, STAGES; LOOSE tokens per block; BULK copies (sm_90) or not; SOFTCAP; LOGIT.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-typedef unsigned char u8;
+// Constants, beside those of pages.cuh: WARPS of a block, STAGES of its rings, SOFTCAP or not.
+#pragma once
 
-constexpr int D = 128;
-constexpr int KW = D * KB / 8, VW = D * VB / 8;                 // bytes of a token
-constexpr int KF = 8 / KB, VF = 8 / VB;                         // fields of a byte
-constexpr int GROUPS = PAGE / KG, NG = D / VG, TILES = PAGE / 16;
-constexpr int KC = 0, VC = KC + PAGE * KW, KS = VC + PAGE * VW, KZ = KS + GROUPS * D * 2, VS = KZ + GROUPS * D * 2;
-constexpr int VZ = VS + PAGE * NG * 2, PAGE_BYTES = VZ + PAGE * NG * 2;
-constexpr float UNIT = 16777216.0f;                             // 2^24
-constexpr float HEADROOM = 4.0f;                                // log2 by which scores may pass the running reference
-constexpr float NONE = -1e30f;
+#include "pages.cuh"
 
-__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_from_zero(float* c, const u32* a, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-}
-__device__ __forceinline__ u32 hmul2(u32 a, u32 b) {
-  u32 r;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-__device__ __forceinline__ u32 hmax2(u32 a, u32 b) {
-  u32 r;
-  asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-__device__ __forceinline__ u32 halves(float low, float high) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-__device__ __forceinline__ float number(u16 half) {
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(half));
-  return r;
-}
-__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
-  u32 r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
-__device__ __forceinline__ u32 transposed(u32 x) {
-  u32 r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
-  return r;
-}
-__device__ __forceinline__ float ex2(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ u16 half_at(const char* p) { return *(const u16*)p; }
-
-#if TYPE == 2
-typedef float Scalar;
-__device__ __forceinline__ float widen(Scalar x) { return x; }
-__device__ __forceinline__ Scalar narrow(float x) { return x; }
-#elif TYPE == 1
-typedef u16 Scalar;
-__device__ __forceinline__ float widen(Scalar x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ Scalar narrow(float x) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
-  return r;
-}
-#else
-typedef u16 Scalar;
-__device__ __forceinline__ float widen(Scalar x) { return number(x); }
-__device__ __forceinline__ Scalar narrow(float x) {
-  u16 r;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
-  return r;
-}
-#endif
-
-struct Side {  // one side's pool, page table and exact tokens
-  const char *codes, *scale, *offset;
-  const int* table;
-  const Scalar *sinks, *ring;
-};
-
-struct Call {
-  const Scalar* q;        // (B, HEADS * ROWS, D)
-  Scalar* out;            // the same
-  float *part, *top, *sum;  // per cell and part: sums (8, D), their reference and the sum of the weights (8,)
-  int* counters;          // per cell, 0 before and after
-  Side k, v;
-  const int* state;       // (B, 8): sinks held, frontier of keys, of values, tokens behind the sinks
-  const float* logits;    // per query head, or nothing
-  float scale, softcap;
-  int k_width, v_width, sinks, capacity, loose, parts;
-};
-
-#if BULK
-__device__ __forceinline__ void barrier_init(u32 b) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(b)); }
-__device__ __forceinline__ void expect(u32 b, u32 n) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(n) : "memory");
-}
-__device__ __forceinline__ void bulk(u32 to, const void* from, u32 n, u32 b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(n), "r"(b)
-               : "memory");
-}
-__device__ __forceinline__ void await(u32 b, u32 phase) {
-  asm volatile("{\n.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(b),
-               "r"(phase)
-               : "memory");
-}
-#else
-__device__ __forceinline__ void await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
-  __syncwarp();
-}
-__device__ __forceinline__ void spread(char* to, const char* from, int n, int lane) {
-  for (int i = lane * 16; i < n; i += 512)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(from + i) : "memory");
-}
-#endif
-
-// What a lane copies of each page: with bulk copies lanes 0 to 5 take one array each, otherwise all lanes share each.
-struct Copy {
-  const char* from;  // of page 0 of this head
-  const int* table;
-  u32 to, bytes;
-  u64 stride;
-};
-
-__device__ __forceinline__ Copy copy_of(const Call& c, int array, int b, int head) {
-  const bool key = array < 3;
-  const Side& s = key ? c.k : c.v;
-  const int kind = array % 3, numbers = key ? GROUPS * D * 2 : PAGE * NG * 2;
-  Copy x;
-  x.bytes = kind == 0 ? PAGE * (key ? KW : VW) : numbers;
-  x.from = (kind == 0 ? s.codes : kind == 1 ? s.scale : s.offset) + (u64)head * x.bytes;
-  x.to = key ? (kind == 0 ? KC : kind == 1 ? KS : KZ) : kind == 0 ? VC : kind == 1 ? VS : VZ;
-  x.stride = (u64)HEADS * x.bytes;
-  x.table = key ? c.k.table + b * c.k_width : c.v.table + b * c.v_width;
-  return x;
-}
-
-#if BULK
-// Bring a page to `to`; `page`: the place in its pool that the lane's table names.
-__device__ __forceinline__ void fetch(const Copy& mine, u32 to, u32 barrier, int page, int lane) {
-  if (lane == 0) expect(barrier, PAGE_BYTES);
-  __syncwarp();
-  if (lane < 6) bulk(to + mine.to, mine.from + page * mine.stride, mine.bytes, barrier);
-}
-#else
-__device__ __forceinline__ void fetch(const Call& c, char* to, int index, int b, int head, int lane) {
-#pragma unroll
-  for (int array = 0; array < 6; array++) {
-    const Copy x = copy_of(c, array, b, head);
-    spread(to + x.to, x.from + x.table[index] * x.stride, x.bytes, lane);
-  }
-}
-#endif
-
-// One token of one side, channels 4*lane to 4*lane + 3, fp32: exact from `row`, or decoded from the page of slot p.
-__device__ __forceinline__ void token(const Side& s, const Scalar* row, int width, int b, int head, int p, int lane,
-                                      int bits, bool key, float* x) {
-  if (row) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = widen(row[4 * lane + i]);
-    return;
-  }
-  const u64 page = (u64)s.table[b * width + p / PAGE] * HEADS + head;
-  const int slot = p % PAGE, bytes = D * bits / 8, field = 4 * lane / bytes;
-  const u32 word = *(const u32*)(s.codes + (page * PAGE + slot) * bytes + 4 * lane % bytes) >> (bits * field);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u64 at = key ? (page * GROUPS + slot / KG) * D + 4 * lane + i : (page * PAGE + slot) * NG + (4 * lane + i) / VG;
-    x[i] = ((word >> (8 * i)) & ((1 << bits) - 1)) * number(((const u16*)s.scale)[at]) + number(((const u16*)s.offset)[at]);
-  }
-}
-
-// A block's LOOSE exact tokens, a token per warp at a time, from number `first` on: sinks, then positions from `low` on.
-__device__ void loose_part(const Call& c, const float* q, float* so, float* sm, float* sl, int b, int head, int first,
-                           int held, int kf, int vf, int behind, int warp, int lane) {
-  const int low = min(kf, vf), count = held + behind - low;
-  const u64 line = (u64)b * HEADS + head;
-  float acc[ROWS][4], m[ROWS], l[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    m[r] = NONE, l[r] = 0;
-    acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = 0;
-  }
-  for (int i = first + warp; i < min(first + LOOSE, count); i += WARPS) {
-    const int p = low + i - held, at = p % c.capacity;
-    const bool sink = i < held;
-    const u64 exact = line * c.capacity + at, start = line * c.sinks + i;
-    const Scalar* kr = sink ? c.k.sinks + start * D : p >= kf ? c.k.ring + exact * D : 0;
-    const Scalar* vr = sink ? c.v.sinks + start * D : p >= vf ? c.v.ring + exact * D : 0;
-    const int before = sink ? i : p + c.sinks;
-    float x[4], y[4];
-    token(c.k, kr, c.k_width, b, head, p, lane, KB, true, x);
-    token(c.v, vr, c.v_width, b, head, p, lane, VB, false, y);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      float s = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j++) s += q[r * D + 4 * lane + j] * x[j];
-#pragma unroll
-      for (int o = 16; o; o /= 2) s += __shfl_xor_sync(~0u, s, o);
-#if SOFTCAP
-      float e = ex2(s * (2.885390082f / c.softcap));
-      s = c.softcap * (1.0f - 2.0f / (e + 1.0f));
-#endif
-      s *= 1.442695041f;
-      if (before <= held + behind - QUERIES + r % QUERIES) {
-        const float n = fmaxf(m[r], s), fade = ex2(m[r] - n), w = ex2(s - n);
-        m[r] = n, l[r] = l[r] * fade + w;
-#pragma unroll
-        for (int j = 0; j < 4; j++) acc[r][j] = acc[r][j] * fade + w * y[j];
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) so[(warp * 8 + r) * D + 4 * lane + j] = acc[r][j];
-    if (lane == 0) sm[warp * 8 + r] = m[r], sl[warp * 8 + r] = l[r];
-  }
-}
+constexpr float UNIT = 16777216.0f;  // 2^24
+constexpr float HEADROOM = 4.0f;     // log2 by which scores may pass the largest before all sums are rescaled
 
 // What a warp keeps while it walks its pages. m0, m1: what no score of columns 2t and 2t + 1 has passed, HEADROOM above
 // the largest when they were set; acc: sums of values, rows of channels; zero: rows 0-7 sums of offsets by group, rows
@@ -495,8 +267,7 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
   const u32 bar = shared_address(bars), rings = shared_address(ring);
   if (lane == 0) {
     for (int s = 0; s < STAGES; s++) barrier_init(bar + 8 * s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_made();
   }
   __syncwarp();
   const Copy mine = copy_of(c, min(lane, 5), b, head);
@@ -506,7 +277,7 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
 #else
   for (int s = 0; s < STAGES; s++) {
     if (s < n) fetch(c, ring + s * PAGE_BYTES, first + warp + s * WARPS, b, head, lane);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_end();
   }
 #endif
 #pragma unroll
@@ -535,7 +306,8 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
 #if BULK
     await(bar + 8 * stage, phase);
 #else
-    await();
+    copies_wait<STAGES - 1>();
+    __syncwarp();
 #endif
     read_page<false>(me, page, PAGE, lane);
     __syncwarp();
@@ -546,7 +318,7 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
     }
 #else
     if (i + STAGES < n) fetch(c, page, first + warp + (i + STAGES) * WARPS, b, head, lane);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_end();
 #endif
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
@@ -554,12 +326,13 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
 #if BULK
     await(bar + 8 * stage, phase);
 #else
-    await();
+    copies_wait<STAGES - 1>();
+    __syncwarp();
 #endif
     read_page<true>(me, ring + stage * PAGE_BYTES, limit % PAGE, lane);
   }
 #if !BULK
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  copies_wait<0>();
 #endif
   __syncthreads();  // the rings are free: the parts of all warps take their place
 #pragma unroll
@@ -579,84 +352,5 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
   if (g == 0) {
     sm[warp * 8 + 2 * t] = me.m0 - me.v_lift, sm[warp * 8 + 2 * t + 1] = me.m1 - me.v_lift;
     sl[warp * 8 + 2 * t] = me.zero[2], sl[warp * 8 + 2 * t + 1] = me.zero[3];
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_constant__ Call c) {
-  extern __shared__ __align__(128) char memory[];
-  __shared__ __align__(8) u64 bars[WARPS * STAGES];
-  __shared__ float q[8 * D], size[8], peak[8], sm[WARPS * 8], sl[WARPS * 8];
-  __shared__ int arrived;
-  const int part = blockIdx.x, cell = blockIdx.y, b = cell / HEADS, head = cell % HEADS;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int held = c.state[8 * b], kf = c.state[8 * b + 1], vf = c.state[8 * b + 2], behind = c.state[8 * b + 3];
-  const int limit = min(kf, vf), pages = (limit + PAGE - 1) / PAGE, splits = c.parts - c.loose;
-  const int share = max((pages + splits - 1) / splits, WARPS), used = c.loose + (pages + share - 1) / share;
-  const u64 place = (u64)cell * c.parts + part;
-  float* so = (float*)memory;  // (WARPS, 8, D)
-  if (part < used) {
-    for (int r = warp; r < 8; r += WARPS) {  // queries, at most 1 in size where they meet packed keys
-      float x[4] = {0, 0, 0, 0}, high = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        if (r < ROWS) x[j] = widen(c.q[((u64)cell * ROWS + r) * D + 4 * lane + j]) * c.scale;
-        high = fmaxf(high, fabsf(x[j]));
-      }
-#pragma unroll
-      for (int o = 16; o; o /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, o));
-      high = high > 0 ? high : 1;
-      const float shrink = part < c.loose ? 1 : 1 / high;
-#pragma unroll
-      for (int j = 0; j < 4; j++) q[r * D + 4 * lane + j] = x[j] * shrink;
-      if (lane == 0) size[r] = high;
-    }
-    __syncthreads();
-    if (part < c.loose)
-      loose_part(c, q, so, sm, sl, b, head, part * LOOSE, held, kf, vf, behind, warp, lane);
-    else {
-      const int first = (part - c.loose) * share;
-      packed_part(c, q, size, memory + warp * STAGES * PAGE_BYTES, bars + warp * STAGES, so, sm, sl, b, head, first,
-                  min(first + share, pages), limit, warp, lane);
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < ROWS * D; e += WARPS * 32) {  // the warps' parts to one
-      const int r = e / D;
-      float m = NONE, l = 0, o = 0;
-      for (int w = 0; w < WARPS; w++) m = fmaxf(m, sm[w * 8 + r]);
-      for (int w = 0; w < WARPS; w++) {
-        const float weight = ex2(sm[w * 8 + r] - m);
-        l += weight * sl[w * 8 + r], o += weight * so[(w * 8 + r) * D + e % D];
-      }
-      c.part[place * 8 * D + e] = o;
-      if (e % D == 0) c.top[place * 8 + r] = m, c.sum[place * 8 + r] = l;
-    }
-  }
-  __threadfence();  // this thread's part is seen before its arrival
-  __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(c.counters + cell, 1);
-  __syncthreads();
-  if (arrived != c.parts - 1) return;
-  __threadfence();
-  if (threadIdx.x == 0) c.counters[cell] = 0;
-  const u64 all = (u64)cell * c.parts;
-  for (int r = warp; r < ROWS; r += WARPS) {  // the last to arrive merges all parts, in order
-    float m = NONE, l = 0;
-    for (int i = lane; i < used; i += 32) m = fmaxf(m, c.top[(all + i) * 8 + r]);
-#pragma unroll
-    for (int o = 16; o; o /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, o));
-#if LOGIT
-    const float logit = c.logits[head * (ROWS / QUERIES) + r / QUERIES] * 1.442695041f;
-    m = fmaxf(m, logit), l = ex2(logit - m);
-#endif
-    for (int i = 0; i < used; i++) l += c.sum[(all + i) * 8 + r] * ex2(c.top[(all + i) * 8 + r] - m);
-    if (lane == 0) peak[r] = m, size[r] = l > 0 ? 1 / l : 0;
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < ROWS * D; e += WARPS * 32) {
-    const int r = e / D;
-    float o = 0;
-#pragma unroll 8
-    for (int i = 0; i < used; i++) o += c.part[(all + i) * 8 * D + e] * ex2(c.top[(all + i) * 8 + r] - peak[r]);
-    c.out[(u64)cell * ROWS * D + e] = narrow(o * size[r]);
   }
 }

@@ -1,0 +1,174 @@
+"""The CUDA decode kernel means what the parts mean that are computed one by one: its algebra, lane by lane, on a CPU.
+
+Its sources are compiled twice: by NVRTC for GPUs, and by this machine's C++ compiler, with `warp.h` in place of PTX.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvist.cache import step
+from kvist.cache.layer import Layer
+from kvist.cache.rows import Rows
+from kvist.cache.view import View
+from kvist.kernels import attend_cuda
+from kvist.kernels.choose import Decode
+from kvist.methods import parse
+
+pytest.importorskip("cuda.bindings")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+DIM, HEADS = attend_cuda.DIM, 2
+RUN = """
+extern "C" void run(const Call* call, int parts, int cells, int bytes, int backward) {
+  launch([](const Call& c) { decode(c); }, *call, parts, cells, WARPS * 32, bytes, backward);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler: g++ or clang++")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "run.cpp").write_text(f'#include "{Path(__file__).with_name("warp.h")}"\n#include "decode.cu"\n{RUN}')
+
+    @cache
+    def built(cell, bulk):
+        macros = cell._asdict() | {"WARPS": 2, "STAGES": 2, "LOOSE": attend_cuda.LOOSE, "BULK": int(bulk)}
+        name = folder / f"{abs(hash((cell, bulk)))}.so"
+        options = [f"-D{k}={v}" for k, v in macros.items()]
+        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
+        command = [COMPILER, *flags, *options, f"-I{attend_cuda.FOLDER}", str(folder / "run.cpp"), "-o", str(name)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(name))
+
+    return built
+
+
+def filled(text, updates, batch=2, dtype=torch.float32, size=1.0):
+    made, rows = parse(text), Rows()
+    layer = Layer(made.layers[0], made.page, "stored", 0, rows)
+    for tokens in updates:
+        rows.extend(batch, tokens, None)
+        layer.update(*((size * torch.randn(batch, HEADS, tokens, DIM)).to(dtype) for _ in range(2)))
+    return layer
+
+
+def attended(build, layer, q, splits=2, bulk=True, backward=False, **options):
+    """What the kernel says, and what the parts say."""
+    view, scale = View.after(layer), DIM**-0.5
+    expected = view.attend(q, scale, **options)
+    key, value = layer.tracks
+    call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
+    call = call._replace(**options)
+    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, DIM, call)
+    assert cell is not None and not attend_cuda.unserved(key.codec.traits, value.codec.traits)
+    sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
+    argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, splits)
+    out.fill_(torch.nan)
+    nbytes = max(4 * cell.page_bytes, 2 * 8 * DIM * 4)
+    build(cell, bulk).run(ctypes.byref(argument), argument.parts, len(q) * HEADS, nbytes, int(backward))
+    assert not call.counters.any()
+    return out, expected
+
+
+def agree(found, expected, rounding=4e-3):
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error <= rounding, f"{error:.2e}"
+
+
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize(
+    ("text", "updates"),
+    [
+        ("kivi:2", (700, 1, 1)),
+        ("kivi:4 recent=32 sinks=3", (430, 1)),
+        ("kivi k=4 v=2 group=64", (430, 1)),
+        ("kivi k=2 v=4 group=128 recent=128", (600, 1)),
+        ("kivi:2 recent=32 values=block", (300, 1)),
+    ],
+)
+def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
+    torch.manual_seed(len(text))
+    layer = filled(text, updates)
+    agree(*attended(build, layer, torch.randn(2, 6, 1, DIM), bulk=bulk))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, build):
+    torch.manual_seed(1)
+    layer = filled("kivi:2", (300, 1), dtype=dtype)
+    q = torch.randn(2, 8, 1, DIM).to(dtype)
+    agree(*attended(build, layer, q), 2**-7 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e3])
+@pytest.mark.parametrize("text", ["kivi:2 recent=32", "kivi:4 recent=32"])
+def test_numbers_of_any_size(text, size, build):
+    torch.manual_seed(2)
+    layer = filled(text, (300, 1), size=size)
+    agree(*attended(build, layer, torch.randn(2, 6, 1, DIM) / size))
+
+
+def test_scales_that_grow_along_the_context(build):
+    torch.manual_seed(3)
+    made, rows = parse("kivi:2 recent=32"), Rows()
+    layer = Layer(made.layers[0], made.page, "stored", 0, rows)
+    for size in (1e-4, 1e-2, 1.0, 1e3):
+        rows.extend(1, 160, None)
+        layer.update(*(size * torch.randn(1, HEADS, 160, DIM) for _ in range(2)))
+    agree(*attended(build, layer, torch.randn(1, 6, 1, DIM) * 1e-3, splits=1))
+
+
+def test_queries_of_speculative_decoding_see_no_later_token(build):
+    torch.manual_seed(4)
+    layer = filled("kivi:2 recent=32", (300, 4))
+    agree(*attended(build, layer, torch.randn(2, 4, 4, DIM)))
+
+
+def test_soft_caps_and_sink_logits(build):
+    torch.manual_seed(5)
+    layer = filled("kivi:4 recent=32", (300, 1))
+    agree(*attended(build, layer, 4 * torch.randn(2, 6, 1, DIM), softcap=5.0, sink=torch.randn(6)))
+
+
+@pytest.mark.parametrize("updates", [(1,), (20,), (97,)])
+def test_short_contexts(updates, build):
+    torch.manual_seed(6)
+    layer = filled("kivi:2 recent=32 sinks=2", updates, batch=3)
+    agree(*attended(build, layer, torch.randn(3, 6, 1, DIM)))
+
+
+def test_any_order_of_blocks_gives_the_same(build):
+    torch.manual_seed(7)
+    layer = filled("kivi:2", (700, 1))
+    q = torch.randn(2, 6, 1, DIM)
+    forward, _ = attended(build, layer, q, splits=4)
+    assert torch.equal(forward, attended(build, layer, q, splits=4, backward=True)[0])
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_it_compiles_for_gpus(arch):
+    for cell in (
+        attend_cuda.Cell(2, 2, 32, 32, 64, 8, 4, 1, 1),
+        attend_cuda.Cell(4, 2, 128, 64, 128, 8, 8, 2, 0, 1, 1),
+    ):
+        assert len(attend_cuda.compiled(cell, arch)) > 10_000
+        ptx = attend_cuda.compiled(cell, arch, ptx=True)
+        assert b"mma.sync" in ptx and (b"cp.async.bulk" in ptx) == (arch >= 90)
+
+
+def test_what_it_does_not_serve_is_named():
+    def reasons(text):
+        plan = parse(text).layers[0]
+        return " ".join(attend_cuda.unserved(*(side.codec.traits for side in plan.sides)))
+
+    assert not reasons("kivi:2") and not reasons("kivi k=4 v=2")
+    assert "keys are not uniform numbers of 2 or 4 bits" in reasons("kivi:3")
+    assert "along 32, 64 or 128 tokens" in reasons("int4")
+    assert "another space" in reasons("hadamard:4")
