@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.choose import Decode, Exact, Stored, Traits
+from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).with_name("cuda")
 SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "pages.cuh", "primitives.cuh")
@@ -189,6 +190,7 @@ def prepared(
     return argument, out, (q, scratch, sink)
 
 
+@on_its_device
 def decode(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode
 ) -> Tensor:

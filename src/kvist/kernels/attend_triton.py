@@ -15,6 +15,8 @@ from kvist.kernels.loose_triton import loose_part
 from kvist.kernels.scores_triton import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
 from kvist.kernels.tiles_triton import decoded, folded_scores, hadamard, slice_channels, value_unit, weigh_folded
 
+# Numbers that change as a context grows: a kernel compiled for one must serve the next.
+CHANGING = ["k_width", "v_width", "skip_width", "sinks", "capacity", "k_pins", "v_pins", "pins", "loose", "parts"]
 SHARE = tl.constexpr(2)  # pages that are worth a program, and a part to merge
 AT_ONCE = tl.constexpr(8)  # parts that are merged at a time
 
@@ -92,7 +94,7 @@ def _packed_part(
     return top, tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def decode_kernel(
     q, out, part_out, part_top, part_total, counters, K, V, EK, EV, state, skip, pinned, logits,
     scale, k_width, v_width, skip_width, sinks, capacity, k_pins, v_pins, pins, loose, parts,

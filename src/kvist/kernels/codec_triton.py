@@ -24,6 +24,7 @@ from kvist.kernels.coding_triton import (
     pointers,
     warps,
 )
+from kvist.kernels.guard import on_its_device
 from kvist.kernels.outliers_triton import escape, restore
 from kvist.kernels.pack_triton import code_tile
 
@@ -114,6 +115,7 @@ def _launch(traits: Traits, x: Tensor, turn: bool) -> tuple[Tensor, Coding, int,
     return source, c, tiles, tiles * parts(c) * (1 if c.across else heads) * count
 
 
+@on_its_device
 def encode(traits: Traits, x: Tensor, constants: Constants, slots: int, turn: bool = False) -> dict[str, Tensor]:
     """See `choose.encoder`. x may be of any float type and strides; with `turn` it is given before its Hadamard
     rotation, which is done on the way."""
@@ -140,6 +142,7 @@ def encode(traits: Traits, x: Tensor, constants: Constants, slots: int, turn: bo
     return arrays if clipped is None else arrays | {"clipped": clipped}
 
 
+@on_its_device
 def encode_pages(
     traits: Traits, x: Tensor, arrays: dict[str, Tensor], table: Tensor, starts: Tensor, constants: Constants,
     page: int, turn: bool = False, clipped: Tensor | None = None,
@@ -158,6 +161,7 @@ def encode_pages(
         )  # fmt: skip
 
 
+@on_its_device
 def decode(traits: Traits, arrays: dict[str, Tensor], constants: Constants) -> Tensor:
     """See `choose.decoder`."""
     lead, (heads, tokens, size) = arrays["codes"].shape[:-3], arrays["codes"].shape[-3:]
@@ -185,6 +189,7 @@ def rotate_kernel(x, out, rows, C: tl.constexpr):
     tl.store(out + at, butterflies(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), C.hadamard), mask=mask)
 
 
+@on_its_device
 def rotate(x: Tensor, block: int) -> Tensor:
     """`grid.rotate`; x may be of any float type."""
     x, dim = x.contiguous(), x.shape[-1]

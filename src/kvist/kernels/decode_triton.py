@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from kvist.kernels.attend_triton import decode_kernel
 from kvist.kernels.bits import PLANES
 from kvist.kernels.choose import Decode, Exact, Stored, Traits
+from kvist.kernels.guard import on_its_device
 from kvist.kernels.tiles_triton import Arrays, Form
 
 COLUMNS = 16  # query rows per program at most
@@ -80,6 +81,7 @@ def splits_for(cells: int, pages: int, device: torch.device) -> int:
     return max(1, min(pages, -(-many // cells)))
 
 
+@on_its_device
 def decode(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode,
     configuration: Configuration | None = None, splits: int = 0,
@@ -112,8 +114,8 @@ def decode(
         q.contiguous(), out, scratch[2 * cells :], scratch[:cells], scratch[cells : 2 * cells], call.counters,
         _arrays(k, q), _arrays(v, q),
         tuple(x if x.numel() else none for x in k_exact), tuple(x if x.numel() else none for x in v_exact),
-        call.state, none if call.skip is None else call.skip.view(torch.uint8),
-        none if call.pinned is None else call.pinned, none if call.sink is None else call.sink.float(),
+        call.state, call.state if call.skip is None else call.skip.view(torch.uint8),
+        call.state if call.pinned is None else call.pinned, none if call.sink is None else call.sink.float(),
         call.scale, k.table.shape[1], v.table.shape[1], 0 if call.skip is None else call.skip.shape[1],
         sinks, capacity, k_exact.pinned.shape[2], v_exact.pinned.shape[2], pins, loose, parts,
         KF=key_form, VF=value_form, HEADS=heads, QUERIES=queries, ROWS=rows, M=m, T=min(config.tile, page), LT=LOOSE,

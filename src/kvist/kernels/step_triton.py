@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvist.kernels.choose import Constants, Traits
 from kvist.kernels.coding_triton import EXACT, Coding, coding, compiled, kinds, parts, pointers, warps
+from kvist.kernels.guard import on_its_device
 from kvist.kernels.pack_triton import code_tile
 
 STATE = tl.constexpr(6)  # numbers per row
@@ -86,6 +87,7 @@ def _jobs(c: Coding, most: int) -> int:
     return -(-most // (c.group if c.along_tokens else c.tile)) * parts(c)
 
 
+@on_its_device
 def step(
     key: Traits, value: Traits, new_k: Tensor, new_v: Tensor, rings: tuple[Tensor, Tensor], pools: Sides,
     tables: tuple[Tensor, Tensor], constants: tuple[Constants, Constants], state: Tensor, page: int,

@@ -1,0 +1,87 @@
+"""Launches bind and compile as they would on a GPU: arguments of every type, and no new compilation as a context grows.
+
+In a process of its own, where Triton is no interpreter, with a driver that compiles for sm_90 and launches nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json, sys
+import torch
+from cases import recipe
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class Launcher:
+    def __init__(self, *args):
+        pass
+
+    def __call__(self, *args):
+        launched.append(len(args))
+
+
+class Driver:
+    launcher_cls = Launcher
+
+    class utils:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132})
+        load_binary = staticmethod(lambda *args: (None, None, 0, 0, 1024))
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+
+
+launched = []
+driver.set_active(Driver())
+from kvist.cache import step
+from kvist.cache.layer import Layer
+from kvist.cache.rows import Rows
+from kvist.cache.view import View
+from kvist.kernels import codec_triton, decode_triton, step_triton
+from kvist.kernels.choose import Decode
+
+counts = []
+for text, dtype in json.loads(sys.argv[1]):
+    made, rows = recipe(text, 64, prefill="stored"), Rows()
+    layer = Layer(made.layers[0], made.page, "stored", 0, rows)
+    key, value = None, None
+    for tokens in (230, 1, 1500, 1):
+        rows.extend(2, tokens, None)
+        layer.update(*(torch.randn(2, 2, tokens, 64).to(getattr(torch, dtype)) for _ in range(2)))
+        key, value = layer.tracks
+        view, q = View.after(layer), torch.randn(2, 6, 1, 64).to(getattr(torch, dtype))
+        traits = key.codec.traits, value.codec.traits
+        origins = [0, 0] if key.codec.transform.fixed else view._origins()
+        numbers = step.state(layer, origins), step.counters(layer, 6, 1), layer.page, 0.125, None
+        call = Decode(*numbers, view.skip, step.pinned(layer))
+        sides = view._stored(key), view._stored(value)
+        decode_triton.decode(*traits, q, *sides, step.exact(key), step.exact(value), call)
+        if not step_triton.unserved(*traits):
+            x, state = torch.randn(2, 2, 1, 64).to(q.dtype), torch.zeros(2, 6, dtype=torch.int32)
+            rings, pools = (key.exact.ring, value.exact.ring), (key.pool.arrays, value.pool.arrays)
+            tables, constants = tuple(s.table for s in sides), tuple(s.constants for s in sides)
+            step_triton.step(*traits, x, x, rings, pools, tables, constants, state, layer.page, (64, 64))
+        counts.append(len(decode_triton.decode_kernel.device_caches[0][0]))
+print(json.dumps({"launched": len(launched), "variants": counts}))
+"""
+
+
+def test_arguments_bind_and_nothing_is_compiled_twice():
+    pytest.importorskip("triton")
+    settings = [["kivi:2 recent=32", "float16"], ["logquant window=32 sinks=2", "bfloat16"], ["kvquant:3", "float16"]]
+    here = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    answer = json.loads(found.stdout.splitlines()[-1])
+    assert answer["launched"] == 4 * 3 + 4 * 2
+    assert answer["variants"] == [1] * 4 + [2] * 4 + [3] * 4
