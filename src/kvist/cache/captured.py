@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from kvist.cache.layer import Layer
     from kvist.cache.track import Track
 
-DUE = 6  # numbers per row and layer for `choose.stepper`; `step.STATE` more are for `choose.Decode`
-
 
 class Steps:
     """All layers of a cache, one token per row and call. `room`: tokens that may come."""
@@ -35,7 +33,7 @@ class Steps:
             _check(layer)
             _make_room(layer, room)
         first = layers[0]
-        width = first.batch_size * (DUE + step.STATE)
+        width = first.batch_size * (step.DUE + step.STATE)
         self.numbers = torch.zeros(len(layers), width, dtype=torch.int32, device=first.device)
         self.layers = {id(layer): CapturedLayer(layer, self.numbers[i], room) for i, layer in enumerate(layers)}
         self._send([layer.idle() for layer in self.layers.values()])
@@ -72,7 +70,7 @@ class CapturedLayer:
         self.layer = layer
         self.due, self.state = (
             x.view(layer.batch_size, -1)
-            for x in numbers.split_with_sizes([layer.batch_size * DUE, layer.batch_size * step.STATE])
+            for x in numbers.split_with_sizes([layer.batch_size * step.DUE, layer.batch_size * step.STATE])
         )
         self.dtype, self.device = layer.dtype, layer.device
         key, value = layer.tracks
@@ -95,45 +93,20 @@ class CapturedLayer:
 
     def advance(self) -> list[int]:
         """The numbers of the next step; host-side state moves on to what holds after it."""
-        layer, due = self.layer, []
-        for row in range(layer.batch_size):
-            packs = [0] * 4 if layer.settled else [n for track in layer.tracks for n in self._settle(track, row)]
-            due += [layer.behind(row), *packs, 0]
-            layer.lengths[row] += 1
-        layer.slots, layer.updates, layer.settled = layer.slots + 1, layer.updates + 1, False
-        layer._changed()
+        layer = self.layer
+        before = [list(map(len, track.pool.tables)) for track in layer.tracks]
+        due = step.advance(layer)
+        for track, table, lengths in zip(layer.tracks, self.tables, before, strict=True):
+            for row, (pages, length) in enumerate(zip(track.pool.tables, lengths, strict=True)):
+                for index in range(length, len(pages)):
+                    table[row, index] = pages[index]
         self._mark()
-        return due + self._states()
+        return due + step.states(layer, self.origins)
 
     def idle(self) -> list[int]:
         """The numbers of a step that stores nothing."""
-        return [-1, *[0] * (DUE - 1)] * self.layer.batch_size + self._states()
-
-    def _states(self) -> list[int]:
-        return [number for row in range(self.layer.batch_size) for number in self._state(row)]
-
-    def _state(self, row: int) -> list[int]:
-        layer = self.layer
-        frontiers = [track.states[row].frontier for track in layer.tracks]
-        held = min(layer.lengths[row], layer.plan.sinks)
-        return [held, *frontiers, layer.behind(row), self.origins[row], 0, 0, 0]
-
-    def _settle(self, track: Track, row: int) -> tuple[int, int]:
-        """What is packed of a row before its next token: first position and count."""
-        layer, state = self.layer, track.states[row]
-        start = state.frontier
-        decided, frontier = track.target(row, layer.behind(row), layer.updates == 1, layer.maps[row])
-        if frontier > start:
-            before = len(track.pool.tables[row])
-            track.pool.extend(row, start, frontier)
-            side = layer.tracks.index(track)
-            for index in range(before, len(track.pool.tables[row])):
-                self.tables[side][row, index] = track.pool.tables[row][index]
-            if track.rule.most_pins:
-                wanted = [p for p in track.rule.pins(decided) if p < frontier]
-                track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
-        state.decided, state.frontier = decided, frontier
-        return start, frontier - start
+        nothing = [-1, *[0] * (step.DUE - 1)] * self.layer.batch_size
+        return nothing + step.states(self.layer, self.origins)
 
     def _mark(self) -> None:
         """Pins and the mask of slots that the packed read leaves out, where they changed."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvist.cache import step
 from kvist.cache.handle import Handle
 from kvist.cache.rows import Rows
 from kvist.cache.track import SlotMap, Track
 from kvist.cache.view import View
+from kvist.kernels.choose import stepper
 from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
 
@@ -92,6 +94,9 @@ class Layer(CacheLayerMixin):
         self.to(key_states.device)
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
+        if slots == 1 and all(counts) and self._step(key_states, value_states):
+            view = View.after(self)
+            return Handle(view, 0), Handle(view, 1)
         self.settle()
         long, empty = max(counts) > HOLD, self.slots == 0
         chunked = long and self.prefill == "exact" and self.plan.packs
@@ -106,6 +111,21 @@ class Layer(CacheLayerMixin):
             return view.dense(0), view.dense(1)
         view = view or View.after(self)
         return Handle(view, 0), Handle(view, 1)
+
+    def _step(self, keys: Tensor, values: Tensor) -> bool:
+        """Store one token per row in one launch, which also packs what is due; False where no kernel does that."""
+        key, value = self.tracks
+        store, _ = stepper(key.codec.traits, value.codec.traits, self.device)
+        if store is None or not step.advanceable(self):
+            return False
+        self._fit(self._waiting() + 1)  # before frontiers move: what is packed now is read from the ring
+        due = step.on_device(self, tuple(step.advance(self)), step.DUE)
+        rings, pools = (key.exact.ring, value.exact.ring), (key.pool.arrays, value.pool.arrays)
+        tables = tuple(track.pool.table(self.table_width(track)) for track in self.tracks)
+        constants = tuple(track.codec.constants(self.shape.heads, self.device) for track in self.tracks)
+        clipped = key.clipped, value.clipped
+        store(keys, values, rings, pools, tables, constants, due, self.page, (key.exact.capacity,) * 2, clipped)
+        return True
 
     def settle(self) -> None:
         """Pack what the rules allow at the present length. Called before an update; harmless at other times."""

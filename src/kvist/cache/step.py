@@ -17,23 +17,65 @@ if TYPE_CHECKING:
     from kvist.cache.layer import Layer
     from kvist.cache.track import Track
 
-STATE = 8  # numbers per row
+DUE, STATE = 6, 8  # numbers per row, for `choose.stepper` and for `choose.Decode`
 KEPT = 8  # states that are remembered: as many as a recipe has different layers, usually
 BLOCK = 16  # query rows that share a counter
 
 
-def state(layer: Layer, origins: list[int]) -> Tensor:
-    """See `choose.Decode`."""
-    held = [min(length, layer.plan.sinks) for length in layer.lengths]
-    behind = [layer.behind(row) for row in range(layer.batch_size)]
-    lines = zip(held, layer.key.frontiers, layer.value.frontiers, behind, origins, strict=True)
-    numbers = tuple(line + (0,) * (STATE - len(line)) for line in lines)
+def on_device(layer: Layer, numbers: tuple[int, ...], width: int) -> Tensor:
+    """Numbers as a tensor (n / width, width), int32; those of a layer in the same state are given again."""
     memo = layer.rows.on_device
     if (numbers, layer.device) not in memo:
         while len(memo) >= KEPT:
             memo.pop(next(iter(memo)))
-        memo[numbers, layer.device] = torch.tensor(numbers, dtype=torch.int32, device=layer.device)
+        memo[numbers, layer.device] = torch.tensor(numbers, dtype=torch.int32).view(-1, width).to(layer.device)
     return memo[numbers, layer.device]
+
+
+def state(layer: Layer, origins: list[int]) -> Tensor:
+    """See `choose.Decode`."""
+    return on_device(layer, tuple(states(layer, origins)), STATE)
+
+
+def states(layer: Layer, origins: list[int]) -> list[int]:
+    """The numbers of all rows: see `choose.Decode`."""
+    numbers = []
+    for row, origin in enumerate(origins):
+        frontiers = (track.states[row].frontier for track in layer.tracks)
+        numbers += [min(layer.lengths[row], layer.plan.sinks), *frontiers, layer.behind(row), origin, 0, 0, 0]
+    return numbers
+
+
+def advance(layer: Layer) -> list[int]:
+    """Move every row of a layer one token on: what `choose.stepper` is to pack and where the token goes, as numbers.
+    The host's side is then as if it were done: pages are taken, pins kept, frontiers moved."""
+    due = []
+    for row in range(layer.batch_size):
+        packs = [0] * 4 if layer.settled else [n for track in layer.tracks for n in _settle(layer, track, row)]
+        due += [layer.behind(row), *packs, 0]
+        layer.lengths[row] += 1
+    layer.slots, layer.updates, layer.settled = layer.slots + 1, layer.updates + 1, False
+    layer._changed()
+    return due
+
+
+def _settle(layer: Layer, track: Track, row: int) -> tuple[int, int]:
+    """What is packed of a row before its next token: first position and count."""
+    state = track.states[row]
+    start = state.frontier
+    decided, frontier = track.target(row, layer.behind(row), layer.updates == 1, layer.maps[row])
+    if frontier > start:
+        track._grow([row], [start], [frontier])
+        if track.rule.most_pins:
+            wanted = [p for p in track.rule.pins(decided) if p < frontier]
+            track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
+    state.decided, state.frontier = decided, frontier
+    return start, frontier - start
+
+
+def advanceable(layer: Layer) -> bool:
+    """Whether one more token per row is a step of this kind: it goes into a ring, at its position's slot."""
+    return layer.plan.packs and min(layer.lengths) >= layer.plan.sinks and all(len(m.runs) == 1 for m in layer.maps)
 
 
 def exact(track: Track) -> Exact:
