@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench gpu newest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -33,5 +33,16 @@ bench: $(VENV)/ready
 	$(BIN)/kvist bench encode --out runs/encode.json
 	$(BIN)/kvist bench decode --out runs/decode.json
 
+# On a machine with a GPU, by a Python that has torch for CUDA; installs and builds nothing.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu
+
+# The kernel tests with the newest Triton and numpy, whatever the constraints say.
+newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]' triton numpy
+	$(VENV)-newest/bin/python -m pytest tests/kernels -n $(JOBS)
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-newest out

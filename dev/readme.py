@@ -21,7 +21,7 @@ from kvist.methods import entry, get, names
 from kvist.types import Geometry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/measured.md", "docs/kvquant.md", "docs/kvmix.md", "docs/evaluate.md")
+PAGES = ("README.md", "docs/measured.md", "docs/kvquant.md", "docs/kvmix.md", "docs/evaluate.md", "docs/gpu.md")
 SHAPE = Geometry(8, 128, 128, torch.bfloat16)
 LENGTHS = {"4K": 4096, "128K": 131072}  # tokens
 PICTURE = "runs/leaderboard/pareto.png"
@@ -73,6 +73,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
         for name in ("long", "kivi", "kvmix", "logquant")
     },
     "measured: memory": tables.memory,
+    "measured: instructions": tables.instructions,
     "measured: anatomy": tables.anatomy,
     "measured: windows": lambda: tables.demo(tables.WINDOWS),
 }

@@ -231,6 +231,27 @@ def anatomy() -> str | None:
     return table(["model", *columns], rows, "l" + "r" * len(columns))
 
 
+def instructions() -> str | None:
+    """Warp instructions per cached number, and the budget of each chip."""
+    found = _read(("runs/instructions.json",))
+    if found is None:
+        return None
+    chips = {f"sm_{arch}": chip["name"] for arch, chip in found["chips"].items()}
+    rows = [
+        [
+            f"{row['arch']} ({chips[row['arch']]})",
+            row["kernel"],
+            str(row["bits"]),
+            str(row["group"]),
+            *(f"{row[name]:.2f}" for name in ("per number", "with rare", "budget")),
+        ]
+        for row in found["rows"]
+        if "failed" not in row
+    ]
+    head = ["architecture", "kernel", "bits", "group", "per number", "with rare", "budget"]
+    return table(head, rows, "llrrrrr")
+
+
 def throughput(name: str) -> str | None:
     """Whole generations: a row per contender and batch, the largest batches, and what was published."""
     found = _read((f"runs/throughput-{name}.json",))

@@ -69,6 +69,28 @@ def test_captured_steps_are_ordinary_steps(text, monkeypatch):
     assert torch.allclose(*after, atol=4e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("text", ["kivi:2 recent=32", "kvquant:3", "hadamard:4"])
+def test_attached_models_decode_by_the_kernels(text, monkeypatch):
+    model, made, prompt = tiny_llama(layers=1), recipe(text), unpadded(2, 95)
+    following = torch.randint(3, 100, (2, STEPS), generator=torch.Generator().manual_seed(3))
+
+    def steps(cache, following):
+        mask = torch.ones(2, 95, dtype=torch.long)
+        with kvist.attach(model):
+            for token in following.split(1, dim=1):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+                yield model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+
+    def run():
+        return generated(model, made, prompt, following, lambda *given: list(steps(*given)))
+
+    expected, a = run()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found, b = run()
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+    assert [t.states for layer in a.ours for t in layer.tracks] == [t.states for layer in b.ours for t in layer.tracks]
+
+
 def test_greedy_generation_and_the_end_of_the_room(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = tiny_llama(layers=1)

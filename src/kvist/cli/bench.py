@@ -158,6 +158,54 @@ def _random(config, device: str, dtype: str, seed: int):
 
 
 @app.command()
+def kernels(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", "-s", help="Query/KV heads:tokens[xbatch]: 32/8:128K, 32/32:32Kx8; repeatable."),
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. On a CPU: toy sizes, checks, no times.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured replays of each contender.")] = 50,
+    toy: Annotated[bool, typer.Option("--toy", help="Sizes that an interpreter can bear.")] = False,
+    variants: Annotated[bool, typer.Option(help="Pages anywhere, ragged batches, packing, too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON; written after every shape.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a roofline plot, as PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """One layer's decode attention over packed pages against torch, FlashInfer and FlashAttention over 16 bits and FP8.
+
+    Every method is checked against fp32 attention over the decoded cache first; one that is wrong is not timed. Times
+    are the device's own, of CUDA graphs, in turn, over data that its cache cannot hold.
+
+    Example: kvist bench kernels --shape 32/8:128K --method kivi:2 --out runs/kernels.json
+    """
+    from kvist.bench import kernels as measured
+
+    check_plot(plot)
+    chosen = {"shapes": shape, "methods": method}
+    given = {k: v for k, v in chosen.items() if v}
+    measured.run(
+        **given, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json
+    )
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for the results, a file per stage.")] = Path("runs/gpu"),
+    budget: Annotated[float, typer.Option(min=30, help="Seconds that all of it may take.")] = 480,
+    json: Json = False,
+) -> None:
+    """Everything that wants a GPU: checks, kernels, whole models, the longest contexts; then which goals are met.
+
+    Builds nothing. Each stage is a process of its own and writes what it found; stages that no time is left for are
+    named. Without a GPU all of it runs at toy sizes and nothing is timed.
+    """
+    from kvist.bench import gpu as everything
+
+    everything.run(out, budget_seconds=budget, as_json=json)
+
+
+@app.command()
 def instructions(
     arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; repeatable.  [default: all]")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="2 or 4; repeatable.  [default: both]")] = None,
