@@ -2,10 +2,25 @@
 
 import os
 import warnings
+from importlib.util import find_spec
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Triton kernels of this process run in its interpreter. That is chosen when a kernel is defined, so their modules are
+# imported here, and Triton before anything else imports it; the variable is taken away again, since it also tells
+# `choose` to use Triton on a CPU, which only some tests want.
+if find_spec("triton"):
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        import triton.experimental.gluon  # noqa: F401
+
+        import kvist.bench.angles_triton
+        import kvist.bench.split_triton
+        import kvist.kernels.codec_triton
+        import kvist.kernels.decode_triton
+        import kvist.kernels.step_triton  # noqa: F401
 
 import pytest
 import torch

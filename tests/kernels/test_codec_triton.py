@@ -5,11 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
+from drawn import codec_of, coded, table_of, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.cache.pages import Pool
-from kvist.coding import AbsMax, Codec, Fixed, Grouping, Hadamard, MinMax, NoOutliers, Slots, Table, Uniform
+from kvist.coding import AbsMax, Codec, Grouping, Hadamard, Slots, Uniform
 from kvist.kernels.grid import rotate as reference_rotate
 from kvist.methods.parts import per_channel, per_token
 
@@ -18,31 +19,6 @@ with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
     from kvist.kernels.codec_triton import decode, encode, encode_pages, rotate
 
 CPU = torch.device("cpu")
-
-
-def _table(bits, generator):
-    points = torch.randn(2**bits, generator=generator).sort().values
-    points = points / points.abs().max()
-    read = (points + 0.05 * torch.randn(2**bits, generator=generator)).sort().values
-    return Table(bits=bits, points=tuple(points.tolist()), read=tuple(read.tolist()))
-
-
-def _fixed(channels, generator):
-    low = torch.randn(channels, generator=generator) - 1.5
-    high = low + 3 * torch.rand(channels, generator=generator)
-    high[1] = low[1]  # a channel that was constant when it was measured
-    return Fixed(low=tuple(low.tolist()), high=tuple(high.tolist()))
-
-
-def _codec(kind, levels, channels, slots, generator, rank="sides"):
-    """kind: "fixed", "token" (one range over all heads), "head", "tokens" (8 of a channel), or channels of a group."""
-    size = 8 if kind == "tokens" else kind if isinstance(kind, int) else None
-    return Codec(
-        levels=levels,
-        grouping=Grouping(along="tokens" if kind == "tokens" else "channels", across_heads=kind == "token", size=size),
-        range=_fixed(channels, generator) if kind == "fixed" else MinMax(),
-        outliers=Slots(slots=slots, rank=rank) if slots else NoOutliers(),
-    )
 
 
 def _same(codec, x):
@@ -76,35 +52,9 @@ def test_uniform_levels_give_the_reference_to_the_bit(bits, group, keys, dim, bl
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    bits=st.sampled_from([1, 2, 3, 4, 5]),
-    table=st.booleans(),
-    kind=st.sampled_from(["fixed", "token", "head", "tokens", 32]),
-    rank=st.sampled_from(["sides", "largest"]),
-    heads=st.integers(1, 5),
-    dim=st.integers(1, 20).map(lambda n: 8 * n),
-    slots=st.sampled_from([0, 2, 4, 6, 12, 42]),
-    lead=st.sampled_from([(), (1,), (2, 2)]),
-    tokens=st.integers(1, 9),
-    values=st.sampled_from(["many", "few", "equal"]),
-    seed=st.integers(0, 2**16),
-)
-def test_every_kind_of_levels_and_ranges_gives_the_reference_to_the_bit(
-    bits, table, kind, rank, heads, dim, slots, lead, tokens, values, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-    levels = _table(bits, generator) if table else Uniform(bits=8 if bits == 5 else bits)
-    rank = rank if kind == "fixed" else "sides"
-    codec = _codec(kind, levels, heads * dim, min(slots, heads * dim), generator, rank=rank)
-    tokens *= codec.granule
-    x = 3 * torch.randn(*lead, heads, tokens, dim, generator=generator)
-    if values == "few":  # ties: outliers, extremes and halves between points all meet equals
-        x = x.round() / 2
-    elif values == "equal":
-        x = torch.full_like(x, 0.3)
-    x[..., 0, :] *= 1e6  # beyond fp16: stored outliers and offsets saturate
-    x[..., -1, 3] = 0.0
-    _same(codec, x)
+@given(coded())
+def test_every_kind_of_levels_and_ranges_gives_the_reference_to_the_bit(drawn):
+    _same(*drawn)
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 256])
@@ -128,7 +78,7 @@ def test_values_may_be_rotated_on_the_way(dim, slots):
 @pytest.mark.parametrize("kind", ["channels", "tokens"])
 @pytest.mark.parametrize("table", [False, True])
 def test_symmetric_ranges(kind, table):
-    levels = _table(3, torch.Generator().manual_seed(0)) if table else Uniform(bits=3)
+    levels = table_of(3, torch.Generator().manual_seed(0)) if table else Uniform(bits=3)
     codec = Codec(levels=levels, grouping=Grouping(along=kind, size=16), range=AbsMax())
     _same(codec, torch.randn(2, 3, 32, 80, generator=torch.Generator().manual_seed(1)))
 
@@ -144,16 +94,12 @@ def test_values_may_lie_in_any_order_and_be_none(along):
 
 @pytest.mark.parametrize("slots", [2, 254])
 def test_wide_heads_number_their_channels_in_two_bytes(slots):
-    generator = torch.Generator().manual_seed(slots)
-    for kind in ("fixed", "token"):
-        codec = _codec(kind, _table(3, generator), 2 * 264, slots, generator)
-        x = torch.randn(2, 2, 5, 264, generator=generator)
-        assert codec._reference(x)["channel"].dtype == torch.int16
+    for codec, x in wide(slots):
         _same(codec, x)
 
 
 def test_a_damaged_outlier_is_not_written_beyond_its_head():
-    codec = _codec("token", Uniform(bits=4), 16, 4, torch.Generator())
+    codec = codec_of("token", Uniform(bits=4), 16, 4, torch.Generator())
     arrays = encode(codec.traits, torch.randn(1, 2, 3, 8), codec.constants(2, CPU), 4)
     whole = decode(codec.traits, arrays, codec.constants(2, CPU))
     arrays["channel"][0, 1], arrays["ends"][0, 2] = 200, 255
@@ -170,7 +116,7 @@ def test_groups_must_be_full():
 @pytest.mark.parametrize("dim", [64, 80])
 def test_pages_hold_what_the_reference_puts_there(kind, dim):
     generator = torch.Generator().manual_seed(dim)
-    codec, page, starts, tokens = _codec(kind, _table(3, generator), 2 * dim, 0, generator), 64, [0, 40], 88
+    codec, page, starts, tokens = codec_of(kind, table_of(3, generator), 2 * dim, 0, generator), 64, [0, 40], 88
     pools = [Pool(codec.layout(2, dim, torch.float32), 2, page, CPU, 2) for _ in range(2)]
     for pool in pools:
         pool.resize(6)

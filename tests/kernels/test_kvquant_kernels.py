@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from drawn import codec_of, coded, table_of, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.coding import Codec, Fixed, Grouping, Identity, MinMax, NoOutliers, Slots, Table, Uniform, Unrotate
+from kvist.coding import Codec, Grouping, Identity, NoOutliers, Slots, Uniform, Unrotate
 from kvist.kernels.attend import attend
 from kvist.kernels.choose import Stored, decoder, encoder, packed_attention
 from kvist.kernels.rotary import turn
@@ -13,32 +14,6 @@ from kvist.kernels.rotary import turn
 pytest.importorskip("numba")
 CPU = torch.device("cpu")
 PAGE = 64
-
-
-def _table(bits, generator):
-    points = torch.randn(2**bits, generator=generator).sort().values
-    points = points / points.abs().max()
-    read = (points + 0.05 * torch.randn(2**bits, generator=generator)).sort().values
-    return Table(bits=bits, points=tuple(points.tolist()), read=tuple(read.tolist()))
-
-
-def _fixed(channels, generator):
-    low = torch.randn(channels, generator=generator) - 1.5
-    high = low + 3 * torch.rand(channels, generator=generator)
-    high[1] = low[1]  # a channel that was constant when it was measured
-    return Fixed(low=tuple(low.tolist()), high=tuple(high.tolist()))
-
-
-def _codec(kind, levels, channels, slots, generator, rotary=(), rank="sides"):
-    """kind: "fixed", "token" (one range over all heads), "head", "tokens" (8 of a channel), or channels of a group."""
-    size = 8 if kind == "tokens" else kind if isinstance(kind, int) else None
-    return Codec(
-        levels=levels,
-        grouping=Grouping(along="tokens" if kind == "tokens" else "channels", across_heads=kind == "token", size=size),
-        range=_fixed(channels, generator) if kind == "fixed" else MinMax(),
-        outliers=Slots(slots=slots, rank=rank) if slots else NoOutliers(),
-        transform=Unrotate(frequencies=rotary, scaling=1.25) if rotary else Identity(),
-    )
 
 
 def _coder(codec, heads):
@@ -59,49 +34,19 @@ def _same(codec, x):
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    bits=st.sampled_from([1, 2, 3, 4, 5]),
-    table=st.booleans(),
-    kind=st.sampled_from(["fixed", "token", "head", "tokens", 32]),
-    rank=st.sampled_from(["sides", "largest"]),
-    heads=st.integers(1, 5),
-    dim=st.integers(1, 20).map(lambda n: 8 * n),
-    slots=st.sampled_from([0, 2, 4, 6, 12, 42]),
-    lead=st.sampled_from([(), (1,), (2, 2)]),
-    tokens=st.integers(1, 9),
-    values=st.sampled_from(["many", "few", "equal"]),
-    seed=st.integers(0, 2**16),
-)
-def test_encoder_and_decoder_give_the_reference_to_the_bit(
-    bits, table, kind, rank, heads, dim, slots, lead, tokens, values, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-    levels = _table(bits, generator) if table else Uniform(bits=8 if bits == 5 else bits)
-    rank = rank if kind == "fixed" else "sides"
-    codec = _codec(kind, levels, heads * dim, min(slots, heads * dim), generator, rank=rank)
-    tokens *= codec.granule
-    x = 3 * torch.randn(*lead, heads, tokens, dim, generator=generator)
-    if values == "few":  # ties: outliers, extremes and halves between points all meet equals
-        x = x.round() / 2
-    elif values == "equal":
-        x = torch.full_like(x, 0.3)
-    x[..., 0, :] *= 1e6  # beyond fp16: stored outliers and offsets saturate
-    x[..., -1, 3] = 0.0
-    _same(codec, x)
+@given(coded())
+def test_encoder_and_decoder_give_the_reference_to_the_bit(drawn):
+    _same(*drawn)
 
 
 @pytest.mark.parametrize("slots", [2, 254])
 def test_wide_heads_number_their_channels_in_two_bytes(slots):
-    generator = torch.Generator().manual_seed(slots)
-    for kind in ("fixed", "token"):
-        codec = _codec(kind, _table(3, generator), 2 * 264, slots, generator)
-        x = torch.randn(2, 2, 5, 264, generator=generator)
-        assert codec._reference(x)["channel"].dtype == torch.int16
+    for codec, x in wide(slots):
         _same(codec, x)
 
 
 def test_of_equal_entries_the_first_are_lowest_and_the_last_highest():
-    codec = _codec("token", Uniform(bits=4), 16, 4, torch.Generator())
+    codec = codec_of("token", Uniform(bits=4), 16, 4, torch.Generator())
     x = torch.zeros(2, 1, 8)
     x[0, 0, 5], x[1, 0, 1] = -1.0, 1.0
     encode, decode = _coder(codec, 2)
@@ -130,7 +75,7 @@ def test_halves_are_rounded_and_saturated_as_torch_does():
 
 
 def test_a_damaged_outlier_is_not_written_beyond_its_head():
-    codec = _codec("token", Uniform(bits=4), 16, 4, torch.Generator())
+    codec = codec_of("token", Uniform(bits=4), 16, 4, torch.Generator())
     encode, decode = _coder(codec, 2)
     arrays = encode(torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0)))
     whole = decode(arrays)
@@ -213,8 +158,8 @@ def test_attention_over_pages_equals_attention_over_decoded_tokens(
     generator = torch.Generator().manual_seed(seed)
     codecs = []
     for b, table, kind, slot, rotary in zip(bits, tables, kinds, slots, (min(pairs, dim // 2), 0), strict=True):
-        levels = _table(b, generator) if table else Uniform(bits=8 if b == 5 else b)
-        codecs.append(_codec(kind, levels, heads * dim, slot, generator, _frequencies(rotary)))
+        levels = table_of(b, generator) if table else Uniform(bits=8 if b == 5 else b)
+        codecs.append(codec_of(kind, levels, heads * dim, slot, generator, _frequencies(rotary)))
     _check(*codecs, heads, dim, tokens, softcap=softcap, seed=seed)
 
 
@@ -222,31 +167,31 @@ def test_attention_over_pages_equals_attention_over_decoded_tokens(
 @pytest.mark.parametrize("table", [False, True])
 def test_keys_that_share_ranges_along_tokens(pairs, table):
     generator = torch.Generator().manual_seed(pairs)
-    levels = _table(3, generator) if table else Uniform(bits=3)
+    levels = table_of(3, generator) if table else Uniform(bits=3)
     turned = Unrotate(frequencies=_frequencies(pairs), scaling=1.25) if pairs else Identity()
     for outliers in (NoOutliers(), Slots(slots=4)):
         key = Codec(levels=levels, grouping=Grouping(along="tokens", size=32), outliers=outliers, transform=turned)
-        _check(key, _codec("token", Uniform(bits=2), 128, 2, generator), 2, 64, 160)
+        _check(key, codec_of("token", Uniform(bits=2), 128, 2, generator), 2, 64, 160)
 
 
 @pytest.mark.parametrize("origin", [0, 99_997, 3_000_000])
 def test_far_positions_are_as_exact_as_near_ones(origin):
     generator = torch.Generator().manual_seed(0)
-    key = _codec("fixed", _table(4, generator), 128, 4, generator, _frequencies(32))
-    value = _codec("token", _table(4, generator), 128, 4, generator)
+    key = codec_of("fixed", table_of(4, generator), 128, 4, generator, _frequencies(32))
+    value = codec_of("token", table_of(4, generator), 128, 4, generator)
     _check(key, value, 2, 64, 40 * PAGE, origins=(origin, origin + 1, 7))
 
 
 def test_heads_wider_than_a_byte_are_attended_to():
     generator = torch.Generator().manual_seed(0)
-    key = _codec("fixed", _table(2, generator), 528, 6, generator, _frequencies(132))
-    _check(key, _codec("token", _table(2, generator), 528, 6, generator), 2, 264, 70)
+    key = codec_of("fixed", table_of(2, generator), 528, 6, generator, _frequencies(132))
+    _check(key, codec_of("token", table_of(2, generator), 528, 6, generator), 2, 264, 70)
 
 
 def test_threads_do_not_change_the_result_beyond_rounding():
     generator = torch.Generator().manual_seed(0)
-    key = _codec("fixed", _table(3, generator), 64, 2, generator, _frequencies(32))
-    value = _codec("token", _table(3, generator), 64, 2, generator)
+    key = codec_of("fixed", table_of(3, generator), 64, 2, generator, _frequencies(32))
+    value = codec_of("token", table_of(3, generator), 64, 2, generator)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):  # several threads cut a row: each piece starts at its own angle

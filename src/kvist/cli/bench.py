@@ -184,9 +184,7 @@ def kernels(
     check_plot(plot)
     chosen = {"shapes": shape, "methods": method}
     given = {k: v for k, v in chosen.items() if v}
-    measured.run(
-        **given, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json
-    )
+    measured.run(**given, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json)
 
 
 @app.command()

@@ -173,7 +173,8 @@ def _merge(
             here = start + i + m * 0 < used
             weight = tl.exp2(tl.load(part_top + part * M + m, mask=here, other=NONE) - top)
             total += tl.load(part_total + part * M + m, mask=here, other=0.0) * weight
-            x = tl.load(part_out + (part * M + m[None, :]) * VF.dim + d[:, None], mask=inside & here[None, :], other=0.0)
+            at = (part * M + m[None, :]) * VF.dim + d[:, None]
+            x = tl.load(part_out + at, mask=inside & here[None, :], other=0.0)
             if VF.hadamard > 0:
                 packed += tl.where(start + i < loose, 0.0, x) * weight[None, :]
                 exact += tl.where(start + i < loose, x, 0.0) * weight[None, :]

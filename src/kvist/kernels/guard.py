@@ -12,7 +12,9 @@ def on_its_device(run: Callable) -> Callable:
 
     @wraps(run)
     def guarded(*args, **options):
-        first = next(x for x in args if isinstance(x, (Tensor, dict)))
+        first = next((x for x in args if isinstance(x, (Tensor, dict))), None)
+        if first is None:  # refused by what is run
+            return run(*args, **options)
         device = (next(iter(first.values())) if isinstance(first, dict) else first).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return run(*args, **options)

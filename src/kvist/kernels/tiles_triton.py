@@ -127,7 +127,7 @@ def _coded(P, page, slot, ok, row, head, d, seen, F: tl.constexpr):
 @triton.jit
 def _with_outliers(P, line, ok, head, d, x, F: tl.constexpr):
     """The outliers of one head over values (T, N): those of token t lie in slots [ends[t, head - 1], ends[t, head])."""
-    first = tl.load(P.ends + line * F.heads + head - 1, mask=ok & (head > 0), other=0).to(tl.int32)
+    first = tl.load(P.ends + line * F.heads + head - 1, mask=ok & (head + line * 0 > 0), other=0).to(tl.int32)
     last = tl.load(P.ends + line * F.heads + head, mask=ok, other=0).to(tl.int32)
     last = tl.minimum(last, F.slots)
     for i in range(0, tl.max(last - first)):
