@@ -2,29 +2,15 @@
 
 import os
 import warnings
-from importlib.util import find_spec
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Triton kernels of this process run in its interpreter. That is chosen when a kernel is defined, so their modules are
-# imported here, and Triton before anything else imports it; the variable is taken away again, since it also tells
-# `choose` to use Triton on a CPU, which only some tests want.
-if find_spec("triton"):
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        import triton.experimental.gluon  # noqa: F401
-
-        import kvist.bench.angles_triton
-        import kvist.bench.split_triton
-        import kvist.kernels.codec_triton
-        import kvist.kernels.decode_triton
-        import kvist.kernels.step_triton  # noqa: F401
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter import DEVICE
 
 with warnings.catch_warnings():  # of libraries that transformers imports where they are installed
     warnings.simplefilter("ignore")
@@ -36,6 +22,13 @@ _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 _common = {"deadline": None, "suppress_health_check": _slow, "derandomize": True, "database": None}
 settings.register_profile("default", max_examples=30, **_common)
 settings.register_profile("ci", max_examples=200, **_common)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where a kernel test runs: tensors that it makes are there."""
+    with torch.device(DEVICE) as device:
+        yield device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

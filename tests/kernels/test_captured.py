@@ -1,8 +1,9 @@
-"""Captured decode steps are ordinary ones: the same numbers, the same storage. In Triton's interpreter, no graph."""
+"""Captured decode steps are ordinary ones: the same numbers, the same storage."""
 
 import pytest
 import torch
 from cases import recipe
+from interpreter import DEVICE
 from models_tiny import padded, tiny_llama, unpadded
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -31,22 +32,22 @@ def generated(model, made, prompt, following, step):
 
 @pytest.mark.parametrize("text", SETTINGS)
 def test_captured_steps_are_ordinary_steps(text, monkeypatch):
-    model, made = tiny_llama(layers=1), recipe(text)
-    prompt, mask = padded(SETTINGS[text]), padded(SETTINGS[text])["attention_mask"]
-    following = torch.randint(3, 100, (2, STEPS), generator=torch.Generator().manual_seed(3))
+    model, made = tiny_llama(layers=1).to(DEVICE), recipe(text)
+    prompt = {name: x.to(DEVICE) for name, x in padded(SETTINGS[text]).items()}
+    mask, following = prompt["attention_mask"], torch.randint(3, 100, (2, STEPS)).to(DEVICE)
 
     def ordinary(cache, following):
         attended, found = mask, []
         with kvist.attach(model):
             for token in following.split(1, dim=1):
-                attended = torch.cat([attended, torch.ones(2, 1, dtype=mask.dtype)], 1)
+                attended = torch.cat([attended, mask.new_ones(2, 1)], 1)
                 found.append(model(input_ids=token, attention_mask=attended, past_key_values=cache).logits)
         return found
 
     def captured(cache, following):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         with Captured(model, cache, STEPS) as steps:
-            return [steps.step(token) for token in following.split(1, dim=1)]
+            return [steps.step(token).clone() for token in following.split(1, dim=1)]
 
     expected, a = generated(model, made, prompt, following, ordinary)
     found, b = generated(model, made, prompt, following, captured)
@@ -63,7 +64,7 @@ def test_captured_steps_are_ordinary_steps(text, monkeypatch):
                     assert torch.equal(*decoded)
             assert packed
     with torch.no_grad():  # the cache goes on as if nothing had been
-        ones = torch.ones(2, mask.shape[1] + STEPS + 1, dtype=mask.dtype)
+        ones = mask.new_ones(2, mask.shape[1] + STEPS + 1)
         ones[:, : mask.shape[1]] = mask
         after = [model(input_ids=following[:, :1], attention_mask=ones, past_key_values=c).logits for c in (a, b)]
     assert torch.allclose(*after, atol=4e-3 * float(expected.abs().max()))

@@ -1,4 +1,4 @@
-"""Triton's decode step means what the parts mean that are computed one by one and merged. In Triton's interpreter."""
+"""Triton's decode step means what the parts mean that are computed one by one and merged."""
 
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from kvist.kernels import decode_triton, unpack_triton
 from kvist.kernels.choose import Decode
 from kvist.methods import parse
 
+pytestmark = pytest.mark.usefixtures("device")
 ROUNDING = 4e-3  # of the largest output: operands are rounded to fp16, to 2^-11 each
 
 
@@ -35,7 +36,8 @@ def filled(text, heads=2, dim=32, updates=(230, 1, 1, 70, 1), batch=2, dtype=tor
 def both(layer, q, monkeypatch, scale=None, **options):
     """What the kernel says, and what the parts say."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    expected = View.after(layer).attend(q, scale, **options)
+    parts = View.after(layer)._attend(q, scale, None, True, options.get("softcap"), options.get("sink"))
+    expected = parts.to(q.dtype)
     with monkeypatch.context() as patched:
         patched.setenv("TRITON_INTERPRET", "1")
         found = View.after(layer)._step(q, scale, options.get("softcap"), options.get("sink"))

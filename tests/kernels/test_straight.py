@@ -1,8 +1,9 @@
-"""Layers that Triton packs straight into pages store what the reference stores, to the bit. In Triton's interpreter."""
+"""Layers that Triton packs straight into pages store what the reference stores, to the bit."""
 
 import pytest
 import torch
 from cases import recipe
+from interpreter import DEVICE
 
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -19,7 +20,7 @@ SETTINGS = [
 ]
 
 
-def filled(made) -> Layer:
+def filled(made, device: str | torch.device = "cpu") -> Layer:
     torch.manual_seed(0)
     rows = Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
@@ -27,7 +28,7 @@ def filled(made) -> Layer:
         real = torch.ones(2, tokens, dtype=torch.bool)
         real[0, : 37 if i == 0 else 0] = False
         rows.extend(2, tokens, real)
-        layer.update(torch.randn(2, 2, tokens, 32), torch.randn(2, 2, tokens, 32))
+        layer.update(*(torch.randn(2, 2, tokens, 32).to(device) for _ in range(2)))
     return layer
 
 
@@ -36,7 +37,8 @@ def test_pages_are_those_of_the_reference(text, monkeypatch):
     made = recipe(text, prefill="stored")
     expected = filled(made)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = filled(made)
+    found = filled(made, DEVICE)
+    found.to(torch.device("cpu"))
     for x, y in zip(expected.tracks, found.tracks, strict=True):
         assert x.states == y.states and x.pool.tables == y.pool.tables and int(x.clipped) == int(y.clipped)
         for row, frontier in enumerate(x.frontiers):

@@ -22,7 +22,7 @@ from kvist.bench.table import show, write
 
 LEAST = 15  # seconds without which no stage is begun
 UNPACK = ("kvist.kernels.unpack_triton", "compare_all")
-TESTS = Path("tests/kernels")
+TESTS = [Path("tests/kernels") / f"test_{name}.py" for name in ("decode_triton", "straight", "captured")]
 TOY_METHODS = ("kivi:2",)
 GATE, DONE = "gate", "done"
 
@@ -95,10 +95,15 @@ def longest(path: Path, device: str, methods: Sequence[str]) -> None:
 
 def tests(path: Path, device: str, methods: Sequence[str]) -> None:
     """The kernel tests, compiled and not interpreted, where pytest and the tests are at hand."""
-    if torch.device(device).type != "cuda" or not TESTS.is_dir() or importlib.util.find_spec("pytest") is None:
+    if (
+        torch.device(device).type != "cuda"
+        or not all(test.is_file() for test in TESTS)
+        or importlib.util.find_spec("pytest") is None
+    ):
         return write({"rows": [], "skipped": "they need a GPU, pytest, and the repository's root as the folder"}, path)
-    chosen = ("-q", "-x", "-k", "triton or cuda", "-p", "no:cacheprovider")
-    done = subprocess.run((sys.executable, "-m", "pytest", str(TESTS), *chosen), capture_output=True, text=True)
+    command = (sys.executable, "-m", "pytest", *map(str, TESTS), "-q", "-k", "ordinary or not test_captured", "-p")
+    there = {**os.environ, "KVIST_TEST_DEVICE": "cuda"}
+    done = subprocess.run((*command, "no:cacheprovider"), capture_output=True, text=True, env=there)
     passed = "yes" if done.returncode == 0 else "no"
     report = {"rows": [{"check": "kernel tests on the GPU", "met": passed}], "tail": done.stdout.splitlines()[-40:]}
     return write(report, path)

@@ -79,7 +79,8 @@ class CapturedLayer:
         self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
         self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
         self.most = tuple(_most(track, layer, room) for track in layer.tracks)
-        self.skip, self.pinned = layer.skip(), step.pinned(layer)
+        self._marks = layer.skip(), step.pinned(layer)  # what the layer said last
+        self.skip, self.pinned = (None if x is None else x.clone() for x in self._marks)
         shifts = (layer.rows.shift(row) or 0 for row in range(layer.batch_size))
         self.origins = [shift + layer.plan.sinks for shift in shifts]
         self.counters: Tensor | None = None
@@ -94,11 +95,12 @@ class CapturedLayer:
     def advance(self) -> list[int]:
         """The numbers of the next step; host-side state moves on to what holds after it."""
         layer = self.layer
-        before = [list(map(len, track.pool.tables)) for track in layer.tracks]
+        before = [[(len(pages), pages[-1:]) for pages in track.pool.tables] for track in layer.tracks]
         due = step.advance(layer)
-        for track, table, lengths in zip(layer.tracks, self.tables, before, strict=True):
-            for row, (pages, length) in enumerate(zip(track.pool.tables, lengths, strict=True)):
-                for index in range(length, len(pages)):
+        for track, table, ends in zip(layer.tracks, self.tables, before, strict=True):
+            for row, (pages, (length, last)) in enumerate(zip(track.pool.tables, ends, strict=True)):
+                kept = length if last == pages[length - 1 : length] else length - 1  # a shared page became its own
+                for index in range(kept, len(pages)):
                     table[row, index] = pages[index]
         self._mark()
         return due + step.states(layer, self.origins)
@@ -113,10 +115,12 @@ class CapturedLayer:
         if self.pinned is None:
             return
         skip, pinned = self.layer.skip(), step.pinned(self.layer)
+        if skip is self._marks[0] and pinned is self._marks[1]:
+            return
         assert self.skip is not None and skip is not None and pinned is not None
-        if skip is not self.skip:
-            self.skip.copy_(skip)
+        self.skip.copy_(skip)
         self.pinned.copy_(pinned)
+        self._marks = skip, pinned
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """Store a step's keys and values (B, H, 1, D), pack what `advance` said; handles of what is stored then."""

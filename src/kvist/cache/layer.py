@@ -45,6 +45,7 @@ class Layer(CacheLayerMixin):
         self.settled = True
         self.version += 1
         self.counters: Tensor | None = None
+        self.pinned: tuple[list[dict[int, int]], Tensor | None] = [], None  # see `step.pinned`
         self._skip: Tensor | None = None
         self._skipped: tuple = ()  # the state that the skip mask was made from
         self.lengths: list[int] = []

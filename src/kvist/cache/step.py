@@ -23,12 +23,17 @@ BLOCK = 16  # query rows that share a counter
 
 
 def on_device(layer: Layer, numbers: tuple[int, ...], width: int) -> Tensor:
-    """Numbers as a tensor (n / width, width), int32; those of a layer in the same state are given again."""
+    """Numbers as a tensor (n / width, width), int32; those of a layer in the same state are given again.
+
+    Copied from pageable memory, which is read before the call returns, so that nobody waits for the device.
+    """
     memo = layer.rows.on_device
     if (numbers, layer.device) not in memo:
         while len(memo) >= KEPT:
             memo.pop(next(iter(memo)))
-        memo[numbers, layer.device] = torch.tensor(numbers, dtype=torch.int32).view(-1, width).to(layer.device)
+        memo[numbers, layer.device] = (
+            torch.tensor(numbers, dtype=torch.int32).view(-1, width).to(layer.device, non_blocking=True)
+        )
     return memo[numbers, layer.device]
 
 
@@ -66,9 +71,9 @@ def _settle(layer: Layer, track: Track, row: int) -> tuple[int, int]:
     decided, frontier = track.target(row, layer.behind(row), layer.updates == 1, layer.maps[row])
     if frontier > start:
         track._grow([row], [start], [frontier])
-        if track.rule.most_pins:
-            wanted = [p for p in track.rule.pins(decided) if p < frontier]
-            track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
+    if track.rule.most_pins and decided != state.decided:
+        wanted = [p for p in track.rule.pins(decided) if p < frontier]
+        track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
     state.decided, state.frontier = decided, frontier
     return start, frontier - start
 
@@ -87,13 +92,23 @@ def pinned(layer: Layer) -> Tensor | None:
     """Positions that either side keeps exact though packed, (B, P, 4): see `choose.Decode`. None: never any."""
     if not layer.plan.pinned:
         return None
+    now = [pins for track in layer.tracks for pins in track.exact.pins]
+    seen, made = layer.pinned
+    old = made is None or made.device != layer.device or len(seen) != len(now)
+    if made is None or old or any(a is not b for a, b in zip(seen, now, strict=True)):
+        made = _pinned(layer).to(layer.device, non_blocking=True)
+        layer.pinned = now, made  # dictionaries of pins are replaced, never changed
+    return made
+
+
+def _pinned(layer: Layer) -> Tensor:
     rows = []
     for row in range(layer.batch_size):
         keys, values = (track.exact.pins[row] for track in layer.tracks)
         rows.append([(p, keys.get(p, -1), values.get(p, -1), 0) for p in sorted(keys.keys() | values.keys())])
     most = sum(side.retention.most_pins for side in layer.plan.sides)
     padded = [line + [(-1, -1, -1, 0)] * (most - len(line)) for line in rows]
-    return torch.tensor(padded, dtype=torch.int32, device=layer.device)
+    return torch.tensor(padded, dtype=torch.int32)
 
 
 def counters(layer: Layer, q_heads: int, queries: int) -> Tensor:

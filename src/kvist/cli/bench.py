@@ -182,9 +182,8 @@ def kernels(
     from kvist.bench import kernels as measured
 
     check_plot(plot)
-    chosen = {"shapes": shape, "methods": method}
-    given = {k: v for k, v in chosen.items() if v}
-    measured.run(**given, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json)
+    asked = shape or (), method or measured.METHODS
+    measured.run(*asked, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json)
 
 
 @app.command()
