@@ -92,6 +92,70 @@ def test_attached_models_decode_by_the_kernels(text, monkeypatch):
     assert [t.states for layer in a.ours for t in layer.tracks] == [t.states for layer in b.ours for t in layer.tracks]
 
 
+def test_positions_go_on_from_those_of_the_prompt(monkeypatch):
+    """Left padding with position ids, as `generate` gives them."""
+    model, made, prompt = tiny_llama(layers=1), recipe("kivi:2 recent=32"), padded([94, 61])
+    mask, following = prompt["attention_mask"], torch.randint(3, 100, (2, STEPS))
+    prompt["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def ordinary(cache, following):
+        attended = mask
+        with kvist.attach(model):
+            for token in following.split(1, dim=1):
+                attended = torch.cat([attended, mask.new_ones(2, 1)], 1)
+                at = attended.sum(-1, keepdim=True) - 1
+                given = {"attention_mask": attended, "position_ids": at, "past_key_values": cache}
+                yield model(input_ids=token, **given).logits
+
+    def captured(cache, following):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with Captured(model, cache, STEPS) as steps:
+            return [steps.step(token) for token in following.split(1, dim=1)]
+
+    expected, _ = generated(model, made, prompt, following, lambda *given: list(ordinary(*given)))
+    found, _ = generated(model, made, prompt, following, captured)
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+
+
+def test_rings_hold_what_a_step_packs_and_adds(monkeypatch):
+    """A window without a bound: nothing that is packed in a launch may be overwritten by it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny_llama(layers=1)
+    for tokens in (96, 128, 160):
+        cache = kvist.Cache(model, recipe("kvmix:2 ratio_of=context ratio=0.1"))
+        with torch.no_grad():
+            model(**unpadded(1, tokens), past_key_values=cache)
+        layer = cache.ours[0]
+        oldest = min(layer.key.frontiers[0], layer.value.frontiers[0])
+        with Captured(model, cache, 1):
+            assert layer.behind(0) + 1 - oldest <= layer.key.exact.capacity
+
+
+def test_a_captured_cache_is_left_alone(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny_llama(layers=1)
+    cache = kvist.Cache(model, recipe("kivi:2 recent=32"))
+    with torch.inference_mode():
+        model(**unpadded(2, 70), past_key_values=cache)
+        steps = Captured(model, cache, 2)
+        steps.step(torch.tensor([[5], [6]]))
+    others = [
+        lambda: cache.crop(-1),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        cache.reset,
+        lambda: model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="captured"), torch.no_grad():
+            other()
+    steps.step(torch.tensor([[7], [8]]))
+    steps.close()
+    mask = torch.ones(2, 73, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache)
+    cache.crop(-1)
+
+
 def test_greedy_generation_and_the_end_of_the_room(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = tiny_llama(layers=1)

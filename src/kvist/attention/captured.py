@@ -28,49 +28,65 @@ class Captured:
             raise ValueError("decode steps can be captured where kvist serves every layer; this model has other layers")
         if not cache.rows.runs:
             raise ValueError("the cache is empty: read a prompt into it, then capture decode steps")
-        self.model, self.cache = model, cache
-        device = cache.ours[0].device
-        self.tokens = torch.zeros(cache.rows.batch, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.tokens)
+        if len({layer.device for layer in cache.ours}) > 1:
+            raise ValueError("decode steps can be captured where all layers are on one device; this model is sharded")
+        self.model, self.cache, self.device = model, cache, cache.ours[0].device
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(cache.rows.batch, 1, dtype=torch.long, device=self.device)
+            self.positions = torch.zeros_like(self.tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
-        self._steps = Steps(cache, tokens)
+        self._attachment = attach(model)
         try:
-            self._attachment = attach(model)
-            if device.type == "cuda":
+            self._steps = Steps(cache, tokens)
+        except BaseException:
+            self._attachment.close()
+            raise
+        try:
+            if self.device.type == "cuda":
                 self._capture()
         except BaseException:
-            self._steps.close()
+            self.close()
             raise
 
+    @torch.inference_mode(False)
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._forward()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._forward()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._forward()
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
-        return self.model(
-            input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-        ).logits
+        self._steps.storing = True
+        try:
+            return self.model(
+                input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+            ).logits
+        finally:
+            self._steps.storing = False
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Store the next token of each row, (B, 1); its logits (B, 1, vocabulary). On a GPU the next step overwrites
         them."""
-        positions = torch.tensor(self.cache.rows.next_positions()).unsqueeze(-1)
+        upcoming = self.cache.upcoming or self.cache.rows.next_positions()
+        positions = torch.tensor(upcoming).unsqueeze(-1)
         self._steps.plan()
+        self.cache.upcoming = [position + 1 for position in upcoming]
         self.tokens.copy_(tokens, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
         if self.graph is None:
             return self._forward()
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         assert self.logits is not None
         return self.logits
 

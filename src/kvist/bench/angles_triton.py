@@ -16,6 +16,7 @@ class Pointers(NamedTuple):
 
 class Pairs(NamedTuple):
     pairs: int
+    scaling: float = 1.0
 
 
 @triton.jit

@@ -57,6 +57,7 @@ class Cache(TransformersCache):
         super().__init__(layers=layers)
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `captured`
+        self.upcoming: list[int] = []  # the position of each row's next token
         self._listen(model)
 
     def _check_fit(self, model) -> None:
@@ -116,6 +117,7 @@ class Cache(TransformersCache):
                 self._note(~real.all())
                 real = None
         self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
+        self.upcoming = self._next(batch, slots, positions)
 
     def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
         """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
@@ -130,8 +132,17 @@ class Cache(TransformersCache):
         if positions.device.type == "cpu" or slots > 1 or not self.rows.runs:
             return positions.cpu()
         expected = torch.tensor(self.rows.next_positions()).unsqueeze(-1)
-        self._note((positions != expected.to(positions.device)).any())  # not read here: it would stall the step
+        told = expected.to(positions.device, non_blocking=True)
+        self._note((positions != told).any())  # not read here: it would stall the step
         return expected
+
+    def _next(self, batch: int, slots: int, positions: Tensor | None) -> list[int]:
+        """The position after those of a forward; single steps on an accelerator, which are not read, move on by one."""
+        if positions is None or positions.dim() != 2:
+            return [self.rows.slots] * batch
+        if slots == 1 and positions.device.type != "cpu" and len(self.upcoming) == batch:
+            return [position + 1 for position in self.upcoming]
+        return [position + 1 for position in positions[:, -1].expand(batch).tolist()]
 
     def _note(self, unexpected: Tensor) -> None:
         self._odd_step = unexpected if self._odd_step is None else self._odd_step | unexpected
@@ -176,11 +187,17 @@ class Cache(TransformersCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
+        self._free()
         super().reset()
-        self.rows.runs, self.rows.slots, self._odd_step = [], 0, None
+        self.rows.runs, self.rows.slots, self._odd_step, self.upcoming = [], 0, None, []
+
+    def _free(self) -> None:
+        if self.steps is not None:
+            raise ValueError("decode steps of this cache are captured: close() them before other calls")
 
     def mend(self) -> None:
         """After a forward that was interrupted: forget what only some of the layers were given."""
+        self._free()
         held = min(layer.slots for layer in self.ours)
         for layer in self.ours:
             layer.crop(held - layer.slots)
@@ -188,27 +205,34 @@ class Cache(TransformersCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k)."""
+        self._free()
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop(-k) removes the last k tokens; found {tokens_to_remove}")
         super().crop(tokens_to_remove)
         self.rows.crop(self.ours[0].slots)
+        self.upcoming = [position + tokens_to_remove for position in self.upcoming]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._free()
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._free()
         super().batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._free()
         super().batch_repeat_interleave(repeats)
         self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
     def _select(self, indices: Tensor) -> None:
         if self.rows.runs:
-            self.rows.select(indices.tolist())
+            order = indices.tolist()
+            self.rows.select(order)
+            self.upcoming = [self.upcoming[row] for row in order] if self.upcoming else []
 
     def report(self) -> report.Report:
         """Bytes used and allocated, itemised; bits per element; tokens packed and exact. Measured from the tensors."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvist.cache import step
 from kvist.cache.handle import Handle
-from kvist.kernels.choose import Decode, Stored, decode_attention, stepper
+from kvist.kernels.choose import MOST_CELLS, Decode, Stored, decode_attention, stepper
 
 if TYPE_CHECKING:
     from kvist.cache.cache import Cache
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 class Steps:
     """All layers of a cache, one token per row and call. `room`: tokens that may come."""
 
+    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
+    @torch.no_grad()
     def __init__(self, cache: Cache, room: int):
-        self.cache, self.left = cache, room
+        self.cache, self.left, self.storing = cache, room, False
         layers = cache.ours
         for layer in layers:
             _check(layer)
@@ -41,8 +43,12 @@ class Steps:
 
     def update(self, layer: Layer, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """What `layer` does with a step's keys and values."""
+        if not self.storing or keys.shape[2] != 1:
+            raise ValueError("decode steps of this cache are captured: take steps, or close() before other calls")
         return self.layers[id(layer)].update(keys, values)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def plan(self) -> None:
         """Move every layer's numbers one token on, and send them to the device."""
         if not self.left:
@@ -75,7 +81,7 @@ class CapturedLayer:
         self.dtype, self.device = layer.dtype, layer.device
         key, value = layer.tracks
         traits = key.codec.traits, value.codec.traits, layer.device
-        self._kernels = decode_attention(*traits)[0], stepper(*traits)[0]
+        self._kernels = decode_attention(*traits, (key.dim, value.dim))[0], stepper(*traits)[0]
         self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
         self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
         self.most = tuple(_most(track, layer, room) for track in layer.tracks)
@@ -144,6 +150,8 @@ class CapturedLayer:
         """See `View.attend`; one query per row, which sees everything."""
         layer, attend = self.layer, self._kernels[0]
         assert attend is not None
+        if mask is not None:
+            raise ValueError("a captured step sees everything that is stored; this model gives a mask of its own")
         if self.counters is None:
             self.counters = step.counters(layer, query.shape[1], query.shape[2])
         call = Decode(self.state, self.counters, layer.page, scale, softcap, self.skip, self.pinned, sink)
@@ -156,7 +164,10 @@ def _check(layer: Layer) -> None:
     """Refuse what only ordinary updates can do."""
     key, value = layer.tracks
     traits = key.codec.traits, value.codec.traits
-    reasons = [*decode_attention(*traits, layer.device)[1], *stepper(*traits, layer.device)[1]]
+    dims = key.dim, value.dim
+    reasons = [*decode_attention(*traits, layer.device, dims)[1], *stepper(*traits, layer.device)[1]]
+    if layer.batch_size * layer.shape.heads > MOST_CELLS:
+        reasons.append(f"more than {MOST_CELLS} rows times KV heads")
     if not layer.plan.packs:
         reasons.append("a layer packs nothing")
     if any(len(maps.runs) > 1 for maps in layer.maps):
@@ -176,8 +187,8 @@ def _ahead(track: Track, layer: Layer, row: int, room: int) -> tuple[int, int, i
     for n in range(length + layer.settled, length + room + 1):  # a rule may not be asked twice at one length
         decided = track.rule.advance(decided, n, layer.updates == 1 and n == length)
         new = max(frontier, layer.maps[row].floor(decided, track.codec.granule))
+        waiting = max(waiting, n + 1 - frontier)  # what is packed is read from the ring in the launch that adds a token
         frontier, packed = new, max(packed, new - frontier)
-        waiting = max(waiting, n + 1 - frontier)
     return frontier, waiting, packed
 
 

@@ -291,7 +291,7 @@ class Layer(CacheLayerMixin):
                 pins = {p for track in self.tracks for p in track.exact.pins[row]}
                 if pins:
                     skip[row, [maps.slot_of(p) for p in pins]] = True
-            self._skip = skip.to(self.device)
+            self._skip = skip.to(self.device, non_blocking=True)
         return self._skip
 
 

@@ -139,7 +139,8 @@ class Pool:
         """Page tables (B, width), int32; entries beyond a row's pages are 0."""
         if self._table is None or self._table.shape[1] != width:
             padded = [table + [0] * (width - len(table)) for table in self.tables]
-            self._table = torch.tensor(padded, dtype=torch.int32, device=self.device).view(len(padded), width)
+            made = torch.tensor(padded, dtype=torch.int32).view(len(padded), width)
+            self._table = made.to(self.device, non_blocking=True)  # from pageable memory: nobody waits
         return self._table
 
     def gather(self, pages: Tensor) -> dict[str, Tensor]:

@@ -28,13 +28,13 @@ def on_device(layer: Layer, numbers: tuple[int, ...], width: int) -> Tensor:
     Copied from pageable memory, which is read before the call returns, so that nobody waits for the device.
     """
     memo = layer.rows.on_device
-    if (numbers, layer.device) not in memo:
+    if (numbers, width, layer.device) not in memo:
         while len(memo) >= KEPT:
             memo.pop(next(iter(memo)))
-        memo[numbers, layer.device] = (
+        memo[numbers, width, layer.device] = (
             torch.tensor(numbers, dtype=torch.int32).view(-1, width).to(layer.device, non_blocking=True)
         )
-    return memo[numbers, layer.device]
+    return memo[numbers, width, layer.device]
 
 
 def state(layer: Layer, origins: list[int]) -> Tensor:

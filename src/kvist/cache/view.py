@@ -15,7 +15,7 @@ from kvist.cache import step
 from kvist.cache.look import QUERIES, Look, attend_tiled
 from kvist.cache.loose import Loose, loose
 from kvist.kernels.attend import Partial, merge
-from kvist.kernels.choose import MOST_QUERIES, Decode, Stored, decode_attention, packed_attention
+from kvist.kernels.choose import MOST_CELLS, MOST_QUERIES, Decode, Stored, decode_attention, packed_attention
 from kvist.types import HOLD
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ class View:
         """Causal attention in one launch; None where no kernel serves it."""
         layer, queries = self.layer, query.shape[2]
         key, value = layer.tracks
-        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device)
-        if fast is None or self.chunk is not None or queries > MOST_QUERIES:
+        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device, (key.dim, value.dim))
+        many = len(self.lengths) * layer.shape.heads > MOST_CELLS
+        if fast is None or many or self.chunk is not None or queries > MOST_QUERIES:
             return None
         origins = [0] * len(self.lengths) if key.codec.transform.fixed else self._origins()
         if origins is None or any(len(maps.runs) > 1 for maps in self.maps):

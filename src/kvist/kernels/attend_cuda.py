@@ -88,7 +88,7 @@ def cell(key: Traits, value: Traits, q: Tensor, heads: int, value_dim: int, call
     fits = q.shape[3] == value_dim == DIM and rows <= 8 and call.page % max(32, key.group) == 0
     if not fits or call.skip is not None or call.pinned is not None or q.dtype not in TYPES:
         return None
-    extras = int(call.softcap is not None), int(call.sink is not None)
+    extras = int(bool(call.softcap)), int(call.sink is not None)
     return Cell(
         key.bits, value.bits, key.group, value.group or DIM, call.page, heads, rows, q.shape[2], TYPES[q.dtype], *extras
     )
@@ -196,7 +196,8 @@ def decode(
 ) -> Tensor:
     """See `choose.decode_attention`."""
     made = cell(key, value, q, k_exact.ring.shape[1], v_exact.ring.shape[-1], call)
-    if made is None or k_exact.ring.dtype != q.dtype:
+    old = torch.cuda.get_device_capability(q.device)[0] < 8
+    if made is None or old or k_exact.ring.dtype != q.dtype:
         from kvist.kernels.decode_triton import decode as fallback
 
         return fallback(key, value, q, k, v, k_exact, v_exact, call)

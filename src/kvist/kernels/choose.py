@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_CELLS = 65535  # rows times KV heads of one launch
 MOST_QUERIES = 8  # of a decode step: one token, or what speculative decoding checks at a time
 
 
@@ -162,15 +163,20 @@ def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[
     return partial(attend_pages, key, value), ()
 
 
-def decode_attention(key: Traits, value: Traits, device: torch.device) -> tuple[Callable | None, tuple[str, ...]]:
+def decode_attention(
+    key: Traits, value: Traits, device: torch.device, dims: tuple[int, int] = (0, 0)
+) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast decode step and (), or None and the reasons why parts are computed one by one and merged.
 
     It takes queries (B, Hq, M, D) of any float type, M <= `MOST_QUERIES`, which are the last M tokens of their rows;
     keys and values as `Stored`; the exact tokens of both as `Exact`; and a `Decode`. It returns attention over
-    everything, (B, Hq, M, Dv) in the queries' type, in one launch and without asking the device anything.
+    everything, (B, Hq, M, Dv) in the queries' type, in one launch and without asking the device anything. dims: head
+    sizes of keys and values, where they are known.
 
     Triton's own variable TRITON_INTERPRET=1 runs its kernels on a CPU.
     """
+    if any(side.hadamard and dim > 128 for side, dim in zip((key, value), dims, strict=True)):
+        return None, ("the Hadamard matrix of heads of more than 128 channels does not fit beside the rest",)
     return _decode_attention(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1")
 
 

@@ -41,21 +41,22 @@ def configurations() -> list[Configuration]:
 
 
 @cache
-def form(traits: Traits, dim: int, heads: int, page: int, slots: int, pairs: int) -> Form:
+def form(traits: Traits, dim: int, heads: int, page: int, slots: int, pairs: int, scaling: float = 1.0) -> Form:
     """One side as the kernel is compiled for it."""
     raw, table, stored = traits.levels == "raw", traits.levels == "table", traits.range != "fixed"
     low, high = (0, 0) if raw else (*PLANES[traits.bits], 0)[:2]
     along = traits.along == "tokens"
     padded, size, group = triton.next_power_of_2(dim), dim * low // 8, traits.group or dim
     block = min(group, size) if stored and not along else size
-    whole = along or not stored or group % max(1, block) == 0
+    aligned = not along or group % FOLDED.tile == 0  # a tile lies within one group of tokens
+    whole = aligned and (along or not stored or group % max(1, block) == 0)
     even = padded == dim and low and not high and block >= 32 and size % block == 0
     plain = traits.levels == "uniform" and not traits.outliers and not traits.rotary
     return Form(
         low=low, high=high, dim=dim, padded=padded, heads=heads, page=page, group=group if stored else page,
         along_tokens=along, across=traits.across_heads, stored=stored, offset=traits.range != "absmax",
         shift=0.0 if table or raw else (1 - 2**traits.bits) / 2, table=table,
-        slots=slots if traits.outliers else 0, pairs=pairs if traits.rotary else 0,
+        slots=slots if traits.outliers else 0, pairs=pairs if traits.rotary else 0, scaling=scaling,
         interleaved=traits.rotary == "interleaved", hadamard=dim & -dim if traits.hadamard else 0, block=block,
         folded=bool(even and whole and plain),
     )  # fmt: skip
@@ -157,8 +158,8 @@ def compiled(arch: int, key: Form, value: Form, dtype: str = "fp16", m: int = 8,
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _sizes(side: Stored) -> tuple[int, int]:
-    """Slots of outliers per token, and rotated pairs of channels."""
+def _sizes(side: Stored) -> tuple[int, int, float]:
+    """Slots of outliers per token; rotated pairs of channels, and the scaling of their rotation."""
     frequencies = side.constants.frequencies
     slots = side.arrays["channel"].shape[-1] if "channel" in side.arrays else 0
-    return slots, 0 if frequencies is None else len(frequencies)
+    return slots, 0 if frequencies is None else len(frequencies), float(side.constants.scaling)

@@ -19,8 +19,9 @@ class Form(NamedTuple):
     """What is known of one side when a kernel is compiled.
 
     low, high: bits of its planes, 0 where nothing is coded; padded: `dim` up to a power of two; shift: the offset in
-    scales where none is stored; pairs: rotated pairs of channels, all others stay; hadamard: size of the blocks that a
-    head is rotated by, 0: none; block: bytes of a block of channels; folded: multiplied as it lies.
+    scales where none is stored; pairs: rotated pairs of channels, all others stay; scaling: of the rotary embedding;
+    hadamard: size of the blocks that a head is rotated by, 0: none; block: bytes of a block of channels; folded:
+    multiplied as it lies.
     """
 
     low: int
@@ -38,6 +39,7 @@ class Form(NamedTuple):
     table: bool
     slots: int
     pairs: int
+    scaling: float
     interleaved: bool
     hadamard: int
     block: int
@@ -141,12 +143,12 @@ def _with_outliers(P, line, ok, head, d, x, F: tl.constexpr):
 
 @triton.jit
 def angles(P, position, pair, F: tl.constexpr):
-    """cos and sin of position·frequency; shapes broadcast. Whole turns are taken off in fp64: in fp32 the product is
-    off by 0.06 radians at position 2^20."""
+    """cos and sin of position·frequency, times the scaling of the rotary embedding; shapes broadcast. Whole turns are
+    taken off in fp64: in fp32 the product is off by 0.06 radians at position 2^20."""
     frequency = tl.load(P.frequencies + pair, mask=pair < F.pairs, other=0.0).to(tl.float64)
     turns = position.to(tl.float64) * frequency * TURN
     angle = (turns - tl.floor(turns)).to(tl.float32) * 6.283185307179586
-    return tl.cos(angle), tl.sin(angle)
+    return tl.cos(angle) * F.scaling, tl.sin(angle) * F.scaling
 
 
 @triton.jit

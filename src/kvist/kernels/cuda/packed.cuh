@@ -17,9 +17,10 @@ constexpr float HEADROOM = 4.0f;     // log2 by which scores may pass the larges
 // the largest when they were set; acc: sums of values, rows of channels; zero: rows 0-7 sums of offsets by group, rows
 // 8-15 of the weights. Halves are lifted by powers of two, so that products with small scales are no subnormals: queries
 // by k_lift, weights by v_lift, as far as the largest scales so far allow; these may grow to k_most, v_most before.
+// f0, f1: units of the queries, in log2; u0, u1: units of raw scores; base0, base1: what is added to scores in exponents.
 struct Walk {
   u32 queries[8][4];  // per field and word two pairs: as they are, and folded, side by side as a matrix operand has them
-  float acc[8][4], zero[4], m0, m1, f0, f1, cap, k_most, v_most;
+  float acc[8][4], zero[4], m0, m1, f0, f1, u0, u1, base0, base1, cap, k_most, v_most;
   int g, t, k_lift, v_lift;
 };
 
@@ -38,9 +39,8 @@ __device__ __forceinline__ void per_channel(const char* from, int t, u32* x) {
     }
 }
 
-// Raw scores of the 16 tokens from `x` on: fields in the lower half of a byte, and those in the upper half, 16 times less.
+// Raw scores of the 16 tokens from `x` on.
 __device__ __forceinline__ void scores(const char* x, const u32* qs, float* s) {
-  float low[4], high[4];
   const char* y = x + 8 * KW;
   u32 a[KW / 16], e[KW / 16];
   if (KW / 16 == 2) {
@@ -55,17 +55,14 @@ __device__ __forceinline__ void scores(const char* x, const u32* qs, float* s) {
 #pragma unroll
     for (int f = 0; f < KF; f++) {
       const u32 mask = 0x00010001u * (((1 << KB) - 1) << (KB * f));
-      float* into = KB * f < 4 ? low : high;
       const int i = 2 * (w * KF + f);
       const u32 codes[4] = {a[w] & mask, e[w] & mask, a8 & mask, e8 & mask};
-      if (w == 0 && KB * f % 4 == 0)
-        mma_from_zero(into, codes, qs[i], qs[i + 1]);
+      if (w == 0 && f == 0)
+        mma_from_zero(s, codes, qs[i], qs[i + 1]);
       else
-        mma(into, codes, qs[i], qs[i + 1]);
+        mma(s, codes, qs[i], qs[i + 1]);
     }
   }
-#pragma unroll
-  for (int k = 0; k < 4; k++) s[k] = low[k] + high[k] * 0.0625f;
 }
 
 // The weights of 16 tokens, as pairs of tokens, times the scales of each group of channels; `from`: of token 2t.
@@ -90,13 +87,20 @@ __device__ __forceinline__ u32 pair_at(const char* from) {
   return NG == 1 ? *(const u32*)from : prmt(half_at(from), half_at(from + 2 * NG), 0x5410);
 }
 
-// The largest of n numbers of half precision, those that this lane looks at; n is a multiple of 64.
-__device__ __forceinline__ float largest(const char* from, int n, int lane) {
-  u32 high = *(const u32*)(from + 4 * lane);
+// The largest of N numbers of half precision, those that this lane looks at.
+template <int N>
+__device__ __forceinline__ u32 largest(const char* from, int lane) {
+  u32 high = 0;
 #pragma unroll
-  for (int i = 1; i < n / 64; i++) high = hmax2(high, *(const u32*)(from + 128 * i + 4 * lane));
-  return fmaxf(number((u16)high), number((u16)(high >> 16)));
+  for (int i = 0; i < N / 256; i++) {
+    const uint4 x = *(const uint4*)(from + 512 * i + 16 * lane);
+    high = hmax2(high, hmax2(hmax2(x.x, x.y), hmax2(x.z, x.w)));
+  }
+#pragma unroll
+  for (int i = N / 256 * 4; i < N / 64; i++) high = hmax2(high, *(const u32*)(from + 128 * i + 4 * lane));
+  return high;
 }
+__device__ __forceinline__ float larger(u32 pair) { return fmaxf(number((u16)pair), number((u16)(pair >> 16))); }
 __device__ __forceinline__ float over_lanes(float x) {
 #pragma unroll
   for (int o = 16; o; o /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
@@ -121,6 +125,7 @@ __device__ __forceinline__ void settle(Walk& me, float k_high, float v_high) {
       for (int h = 1; h < 4; h += 2)
         me.queries[k][h] = halves(number((u16)me.queries[k][h]) * by, number((u16)(me.queries[k][h] >> 16)) * by);
     me.k_lift = lift, me.k_most = most_for(lift);
+    me.u0 = me.f0 * UNIT * power(-lift), me.u1 = me.f1 * UNIT * power(-lift);
   }
   if (v_high > me.v_most) {
     const int lift = lift_for(v_high);
@@ -129,6 +134,7 @@ __device__ __forceinline__ void settle(Walk& me, float k_high, float v_high) {
     for (int k = 0; k < 8; k++) me.acc[k][0] *= by, me.acc[k][1] *= by, me.acc[k][2] *= by, me.acc[k][3] *= by;
     me.zero[0] *= by, me.zero[1] *= by, me.zero[2] *= by, me.zero[3] *= by;
     me.v_lift = lift, me.v_most = most_for(lift);
+    me.base0 = lift - me.m0, me.base1 = lift - me.m1;
   }
 }
 
@@ -136,17 +142,15 @@ __device__ __forceinline__ void settle(Walk& me, float k_high, float v_high) {
 template <bool TAIL>
 __device__ __forceinline__ void read_page(Walk& me, char* page, int left, int lane) {
   const int g = me.g, t = me.t;
-  if (TAIL) {  // what nobody wrote may be anything: make its values 0
+  if (TAIL) {  // what nobody wrote may be anything: make it 0
 #pragma unroll 1
     for (int e = left * NG + lane; e < PAGE * NG; e += 32) ((u16*)(page + VS))[e] = ((u16*)(page + VZ))[e] = 0;
+#pragma unroll 1
+    for (int e = (left + KG - 1) / KG * D + lane; e < GROUPS * D; e += 32)
+      ((u16*)(page + KS))[e] = ((u16*)(page + KZ))[e] = 0;
     __syncwarp();
   }
-  const int groups = TAIL ? (left + KG - 1) / KG : GROUPS;  // those that are written
-  float k_high = 0;
-#pragma unroll
-  for (int j = 0; j < GROUPS; j++)
-    if (j < groups) k_high = fmaxf(k_high, largest(page + KS + j * D * 2, D, lane));
-  const float v_high = largest(page + VS, PAGE * NG, lane);
+  const float k_high = larger(largest<GROUPS * D>(page + KS, lane)), v_high = larger(largest<PAGE * NG>(page + VS, lane));
   if (__builtin_expect(__any_sync(~0u, k_high > me.k_most || v_high > me.v_most), 0)) settle(me, k_high, v_high);
   float s[TILES][4], n0 = NONE, n1 = NONE, z[GROUPS][2];
   {  // q.offset: here queries are rows, and the groups, again and again, columns
@@ -174,20 +178,19 @@ __device__ __forceinline__ void read_page(Walk& me, char* page, int left, int la
       scores(page + KC + (16 * tile + g) * KW + t * (KW / 4), qs, s[tile]);
     }
   }
-  const float unit = UNIT * power(-me.k_lift);
 #if SOFTCAP
   const float u0 = 1, u1 = 1;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const float x = s[tile][k] * ((k % 2 ? me.f1 : me.f0) * unit) + z[tile * 16 / KG][k % 2];
+      const float x = s[tile][k] * (k % 2 ? me.u1 : me.u0) + z[tile * 16 / KG][k % 2];
       s[tile][k] = me.cap * (1.0f - 2.0f / (ex2(x * (2.885390082f / me.cap)) + 1.0f));
     }
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) z[j][0] = z[j][1] = 0;
 #else
-  const float u0 = me.f0 * unit, u1 = me.f1 * unit;
+  const float u0 = me.u0, u1 = me.u1;
 #endif
   if (TAIL) {
 #pragma unroll
@@ -195,9 +198,6 @@ __device__ __forceinline__ void read_page(Walk& me, char* page, int left, int la
       if (16 * tile + g >= left) s[tile][0] = s[tile][1] = NONE;
       if (16 * tile + g + 8 >= left) s[tile][2] = s[tile][3] = NONE;
     }
-#pragma unroll
-    for (int j = 0; j < GROUPS; j++)
-      if (j >= groups) z[j][0] = z[j][1] = 0;
   }
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
@@ -217,13 +217,13 @@ __device__ __forceinline__ void read_page(Walk& me, char* page, int left, int la
     }
     n0 = n0 > me.m0 ? n0 + HEADROOM : me.m0, n1 = n1 > me.m1 ? n1 + HEADROOM : me.m1;
     const float r0 = ex2(me.m0 - n0), r1 = ex2(me.m1 - n1);
-    me.m0 = n0, me.m1 = n1;
+    me.m0 = n0, me.m1 = n1, me.base0 = me.v_lift - n0, me.base1 = me.v_lift - n1;
 #pragma unroll
     for (int k = 0; k < 8; k++) me.acc[k][0] *= r0, me.acc[k][1] *= r1, me.acc[k][2] *= r0, me.acc[k][3] *= r1;
     me.zero[0] *= r0, me.zero[1] *= r1, me.zero[2] *= r0, me.zero[3] *= r1;
   }
 #pragma unroll
-  for (int j = 0; j < GROUPS; j++) z[j][0] += me.v_lift - me.m0, z[j][1] += me.v_lift - me.m1;
+  for (int j = 0; j < GROUPS; j++) z[j][0] += me.base0, z[j][1] += me.base1;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     const float *score = s[tile], d0 = z[tile * 16 / KG][0], d1 = z[tile * 16 / KG][1];
@@ -281,9 +281,9 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
   }
 #endif
 #pragma unroll
-  for (int i = 0; i < 8; i++) {  // odd fields of two bits a quarter, which their place in a byte makes four times as large
+  for (int i = 0; i < 8; i++) {  // folded: as much smaller as a field's place in a byte makes its codes larger
     const int f = i % KF, d = channel(t, i / KF, f);
-    const float less = KB == 2 && f % 2 ? 0.25f : 1.0f;
+    const float less = 1.0f / (1 << (KB * f));
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float x = q[g * D + d + 2 * h], y = q[g * D + d + 2 * h + 1];
@@ -293,7 +293,7 @@ __device__ __forceinline__ void packed_part(const Call& c, const float* q, const
   }
   me.f0 = size[2 * t] * 1.442695041f, me.f1 = size[2 * t + 1] * 1.442695041f;  // units of the queries, in log2
   me.m0 = me.m1 = NONE, me.cap = c.softcap * 1.442695041f;
-  me.k_most = me.v_most = -1, me.k_lift = me.v_lift = 0;
+  me.k_most = me.v_most = -1, me.k_lift = me.v_lift = 0, me.u0 = me.u1 = me.base0 = me.base1 = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) me.acc[i][0] = me.acc[i][1] = me.acc[i][2] = me.acc[i][3] = 0;
   me.zero[0] = me.zero[1] = me.zero[2] = me.zero[3] = 0;
