@@ -17,7 +17,7 @@ from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.cache.view import View
 from kvist.kernels import attend_cuda
-from kvist.kernels.choose import Decode
+from kvist.kernels.choose import Decode, decode_attention
 from kvist.methods import parse
 
 pytest.importorskip("cuda.bindings")
@@ -172,3 +172,20 @@ def test_what_it_does_not_serve_is_named():
     assert "keys are not uniform numbers of 2 or 4 bits" in reasons("kivi:3")
     assert "along 32, 64 or 128 tokens" in reasons("int4")
     assert "another space" in reasons("hadamard:4")
+
+
+def test_it_is_chosen_for_what_it_serves_alone():
+    def chosen(text, *shape):
+        plan = parse(text).layers[0]
+        traits = (side.codec.traits for side in plan.sides)
+        fast, _ = decode_attention(*traits, torch.device("cuda"), *shape)
+        return fast.func.__module__.rsplit(".", 1)[-1]
+
+    assert chosen("kivi:2", (128, 128), 8) == "attend_cuda"
+    for text, *shape in (
+        ("kivi:2", (64, 64), 4),
+        ("kivi:2", (128, 128), 16),
+        ("logquant:2", (128, 128), 4, True),
+        ("kivi:3", (128, 128), 4),
+    ):
+        assert chosen(text, *shape) == "decode_triton"

@@ -165,6 +165,8 @@ def test_greedy_generation_and_the_end_of_the_room(monkeypatch):
     with Captured(model, cache, 3) as steps:
         found = steps.generate(token, 3)
         assert found.shape == (1, 3)
+        with pytest.raises(ValueError, match="a token per row"):
+            steps.step(found)
         with pytest.raises(ValueError, match="no room"):
             steps.step(found[:, -1:])
 

@@ -75,12 +75,13 @@ def test_one_launch_is_the_merge_of_all_parts(text, monkeypatch):
 SPECULATED = ["kivi:2 recent=32", "kivi k=4 v=8 recent=32", "hadamard:4", "kvquant:2", "logquant:2 window=32"]
 
 
+@pytest.mark.parametrize("queries", [4, 8])
 @pytest.mark.parametrize("text", SPECULATED)
-def test_queries_of_speculative_decoding_see_no_later_token(text, monkeypatch):
+def test_queries_of_speculative_decoding_see_no_later_token(text, queries, monkeypatch):
     torch.manual_seed(3)
-    layer = filled(text, dim=128 if "kivi" in text else 32, updates=(150, 4), batch=1)
+    layer = filled(text, dim=128 if "kivi" in text else 32, updates=(150, queries), batch=1)
     dim = layer.shape.key_dim
-    agree(*both(layer, torch.randn(1, 4, 4, dim), monkeypatch))
+    agree(*both(layer, torch.randn(1, 4, queries, dim), monkeypatch))
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])

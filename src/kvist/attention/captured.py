@@ -19,8 +19,8 @@ WARM_UP = 2  # forwards before the capture: kernels are compiled, and libraries 
 class Captured:
     """Decode steps of a model over a cache that holds a prompt, for up to `tokens` more tokens per row.
 
-    Room for all of them is reserved at once. `close()`, or the end of a `with`, gives model and cache back as they
-    were, for ordinary use. Raises ValueError where a layer's steps cannot be captured, with the reasons.
+    Room for all of them is reserved at once, and stays. `close()`, or the end of a `with`, gives model and cache back
+    for ordinary use. Raises ValueError where a layer's steps cannot be captured, with the reasons.
     """
 
     def __init__(self, model: nn.Module, cache: Cache, tokens: int = 1024):
@@ -30,6 +30,8 @@ class Captured:
             raise ValueError("the cache is empty: read a prompt into it, then capture decode steps")
         if len({layer.device for layer in cache.ours}) > 1:
             raise ValueError("decode steps can be captured where all layers are on one device; this model is sharded")
+        if not cache.upcoming and not cache.rows.dense(cache.ours[0].slots):
+            raise ValueError("positions of a loaded cache with padding are not known: take one ordinary step first")
         self.model, self.cache, self.device = model, cache, cache.ours[0].device
         with torch.inference_mode(False):
             self.tokens = torch.zeros(cache.rows.batch, 1, dtype=torch.long, device=self.device)
@@ -77,6 +79,8 @@ class Captured:
     def step(self, tokens: Tensor) -> Tensor:
         """Store the next token of each row, (B, 1); its logits (B, 1, vocabulary). On a GPU the next step overwrites
         them."""
+        if tokens.shape != self.tokens.shape:
+            raise ValueError(f"a step takes a token per row, {tuple(self.tokens.shape)}, found {tuple(tokens.shape)}")
         upcoming = self.cache.upcoming or self.cache.rows.next_positions()
         positions = torch.tensor(upcoming).unsqueeze(-1)
         self._steps.plan()

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 
+from kvist.attention.captured import Captured
 from kvist.bench import device_time, generation, memory, shapes
 from kvist.bench.generation import Lengths
 from kvist.bench.kernel_gate import first_line
@@ -114,10 +115,6 @@ def captured(
     place = torch.device(device)
     toy, rows = place.type != "cuda", []
     report = {"title": "Captured decode steps", "machine": device_time.describe(place), "rows": rows}
-    try:
-        from kvist.attention.captured import Captured
-    except ImportError as reason:
-        return report | {"rows": [{"contender": "kvist", "failed": f"not available: {reason}"}]}
     copied = copied or (None if toy else device_time.copy_bandwidth(place))
     for name in models[:1] if toy else models:
         model = model_of(name, place, toy, max(lengths) + STEPS + WARM)
@@ -139,7 +136,7 @@ def captured(
             for text in methods:
                 mine = row | {"contender": f"kvist {text}"}
                 try:
-                    found, nbytes = _captured_step(Captured, model, text, length, toy)
+                    found, nbytes = _captured_step(model, text, length, toy)
                     mine["cache MB"] = nbytes / 1e6
                     if found is not None:
                         mine["ms/step"] = 1e3 * found
@@ -185,23 +182,23 @@ def _standing_step(model, length: int, backend: str, toy: bool) -> tuple[float |
 
 
 @torch.no_grad()
-def _captured_step(made: Callable, model, method: str, length: int, toy: bool) -> tuple[float | None, int]:
+def _captured_step(model, method: str, length: int, toy: bool) -> tuple[float | None, int]:
     """Seconds of a captured step, the host's planning and what it sends included, and the bytes that a step reads."""
     steps = 2 if toy else STEPS + WARM
     cache = Cache(model, method, prefill="stored", reserve=length + steps)
     try:
         fill(cache, geometry(model), length, model.device)
         nbytes = sum(cache.report().used.values())
-        return timed_steps(made, model, cache, steps, toy), nbytes
+        return timed_steps(model, cache, steps, toy), nbytes
     finally:
         cache.close()
 
 
 @torch.no_grad()
-def timed_steps(made: Callable, model, cache: Cache, steps: int, toy: bool) -> float | None:
+def timed_steps(model, cache: Cache, steps: int, toy: bool) -> float | None:
     """Seconds per captured step."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with made(model, cache, steps) as driver:
+    with Captured(model, cache, steps) as driver:
         for _ in range(1 if toy else WARM):
             driver.step(token)
         if toy:

@@ -21,7 +21,6 @@ from kvist.bench import device_time, end_to_end, goals, headline, kernel_gate, k
 from kvist.bench.table import show, write
 
 LEAST = 15  # seconds without which no stage is begun
-UNPACK = ("kvist.kernels.unpack_triton", "compare_all")
 TESTS = [Path("tests/kernels") / f"test_{name}.py" for name in ("decode_triton", "straight", "captured")]
 TOY_METHODS = ("kivi:2",)
 GATE, DONE = "gate", "done"
@@ -40,8 +39,9 @@ def unpack(path: Path, device: str, methods: Sequence[str]) -> None:
     """Both bodies of the unpacking helper on every half-word there is."""
     if torch.device(device).type != "cuda":
         return write({"rows": [], "skipped": "inline PTX needs a GPU"}, path)
-    module, name = UNPACK
-    getattr(importlib.import_module(module), name)()
+    from kvist.kernels.unpack_triton import compare_all
+
+    compare_all()
     return write({"rows": [{"check": "unpacking, inline PTX and plain, 2^16 half-words", "met": "yes"}]}, path)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kvist.attention.switch import attach
 from kvist.bench import device_time, memory
 from kvist.bench.end_to_end import CHUNK, WARM, config, geometry, timed_steps
 from kvist.bench.kernel_gate import first_line
@@ -97,14 +98,10 @@ def _setting(name: str, tokens: int, cap: int, device: torch.device, patience: f
 
 def _decoded(model, cache: Cache, toy: bool) -> dict:
     """Tokens per second in a captured step; or plain ones, where that cannot be had."""
-    from kvist.attention.switch import attach
-
     try:
-        from kvist.attention.captured import Captured
-
-        seconds = timed_steps(Captured, model, cache, 2 if toy else STEPS + WARM, toy)
+        seconds = timed_steps(model, cache, 2 if toy else STEPS + WARM, toy)
         return {"step": "captured"} | ({} if seconds is None else {"tokens/s": 1 / seconds})
-    except (ImportError, ValueError) as reason:
+    except ValueError as reason:  # what cannot be captured is refused by name
         why = first_line(reason)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with attach(model):

@@ -197,8 +197,8 @@ def read(layer: Layer) -> int:
 def kernel(layer: Layer) -> tuple[str, Callable | None, tuple[str, ...]]:
     """What serves a decode step: its module's name, the function if it does all in one launch, and why not."""
     key, value = (track.codec.traits for track in layer.tracks)
-    whole = getattr(choose, "decode_attention", None)
-    fast, reasons = whole(key, value, layer.device) if whole else (None, ("no kernel does a whole step",))
+    dims = layer.key.dim, layer.value.dim
+    fast, reasons = choose.decode_attention(key, value, layer.device, dims, pinned=layer.plan.pinned)
     if fast is not None:
         return _module(fast), fast, ()
     part, more = choose.packed_attention(key, value, layer.device)

@@ -33,11 +33,11 @@ class Steps:
         layers = cache.ours
         for layer in layers:
             _check(layer)
-            _make_room(layer, room)
+        most = [_make_room(layer, room) for layer in layers]
         first = layers[0]
         width = first.batch_size * (step.DUE + step.STATE)
         self.numbers = torch.zeros(len(layers), width, dtype=torch.int32, device=first.device)
-        self.layers = {id(layer): CapturedLayer(layer, self.numbers[i], room) for i, layer in enumerate(layers)}
+        self.layers = {id(layer): CapturedLayer(layer, self.numbers[i], most[i]) for i, layer in enumerate(layers)}
         self._send([layer.idle() for layer in self.layers.values()])
         cache.steps = self
 
@@ -72,19 +72,18 @@ class CapturedLayer:
     It is also the view that its handles read. `numbers` (B·14,) int32 is its part of what `Steps` sends.
     """
 
-    def __init__(self, layer: Layer, numbers: Tensor, room: int):
-        self.layer = layer
+    def __init__(self, layer: Layer, numbers: Tensor, most: tuple[int, int]):
+        self.layer, self.most = layer, most
         self.due, self.state = (
             x.view(layer.batch_size, -1)
             for x in numbers.split_with_sizes([layer.batch_size * step.DUE, layer.batch_size * step.STATE])
         )
         self.dtype, self.device = layer.dtype, layer.device
         key, value = layer.tracks
-        traits = key.codec.traits, value.codec.traits, layer.device
-        self._kernels = decode_attention(*traits, (key.dim, value.dim))[0], stepper(*traits)[0]
+        self._traits = key.codec.traits, value.codec.traits, layer.device
+        self._store, _ = stepper(*self._traits)
         self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
         self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
-        self.most = tuple(_most(track, layer, room) for track in layer.tracks)
         self._marks = layer.skip(), step.pinned(layer)  # what the layer said last
         self.skip, self.pinned = (None if x is None else x.clone() for x in self._marks)
         shifts = (layer.rows.shift(row) or 0 for row in range(layer.batch_size))
@@ -130,7 +129,7 @@ class CapturedLayer:
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """Store a step's keys and values (B, H, 1, D), pack what `advance` said; handles of what is stored then."""
-        tracks, store = self.layer.tracks, self._kernels[1]
+        tracks, store = self.layer.tracks, self._store
         assert store is not None  # `_check` saw to it
         store(
             keys,
@@ -148,8 +147,10 @@ class CapturedLayer:
 
     def attend(self, query: Tensor, scale: float, *, mask=None, causal=True, softcap=None, sink=None) -> Tensor:
         """See `View.attend`; one query per row, which sees everything."""
-        layer, attend = self.layer, self._kernels[0]
-        assert attend is not None
+        layer, (key, value) = self.layer, self.layer.tracks
+        rows = query.shape[1] // layer.shape.heads * query.shape[2]
+        attend, _ = decode_attention(*self._traits, (key.dim, value.dim), rows, self.skip is not None)
+        assert attend is not None  # `_check` saw to it
         if mask is not None:
             raise ValueError("a captured step sees everything that is stored; this model gives a mask of its own")
         if self.counters is None:
@@ -192,18 +193,17 @@ def _ahead(track: Track, layer: Layer, row: int, room: int) -> tuple[int, int, i
     return frontier, waiting, packed
 
 
-def _make_room(layer: Layer, room: int) -> None:
-    """Pools, page tables and rings that `room` more tokens do not outgrow."""
+def _make_room(layer: Layer, room: int) -> tuple[int, int]:
+    """Pools, page tables and rings that `room` more tokens do not outgrow; the most tokens that a step packs of keys
+    and of values."""
     rows, ahead = range(layer.batch_size), []
     for track in layer.tracks:
         found = [_ahead(track, layer, row, room) for row in rows]
-        ahead += found
+        ahead.append(found)
         more = sum(track.pool.missing(row, frontier) for row, (frontier, _, _) in zip(rows, found, strict=True))
         shared = sum(track.pool.shared_tail(row, track.states[row].frontier) for row in rows)
         track.pool.resize(track.pool.in_use + more + shared)
     layer.reserve = max(layer.reserve, max(layer.lengths) + room)
-    layer._fit(max(waiting for _, waiting, _ in ahead))
-
-
-def _most(track: Track, layer: Layer, room: int) -> int:
-    return max(_ahead(track, layer, row, room)[2] for row in range(layer.batch_size))
+    layer._fit(max(waiting for found in ahead for _, waiting, _ in found))
+    keys, values = (max(packed for _, _, packed in found) for found in ahead)
+    return keys, values

@@ -107,7 +107,9 @@ class View:
         """Causal attention in one launch; None where no kernel serves it."""
         layer, queries = self.layer, query.shape[2]
         key, value = layer.tracks
-        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device, (key.dim, value.dim))
+        rows = query.shape[1] // layer.shape.heads * queries
+        dims, pinned = (key.dim, value.dim), self.skip is not None
+        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device, dims, rows, pinned)
         many = len(self.lengths) * layer.shape.heads > MOST_CELLS
         if fast is None or many or self.chunk is not None or queries > MOST_QUERIES:
             return None

@@ -87,7 +87,7 @@ def _method(recipe, described, token: int, device: str) -> dict:
     return {
         "method": recipe.name,
         "sentence": str(recipe),
-        "kernel": _kernel(plans, device),
+        "kernel": _kernel(plans, described, device),
         "encoder": _encoder(plans, device),
         "captured": _capture(plans, device),
         "bytes_per_token": bills["32K"] / length,
@@ -112,7 +112,7 @@ def _fitted(recipe, model) -> dict:
     return {"needs": [], "fitted_to": recipe.model and recipe.model.name, "tables": counts}
 
 
-def _kernel(plans, device: str) -> str:
+def _kernel(plans, described, device: str) -> str:
     """Which attention reads the packed pages, or why only the reference does. On a GPU: of decode steps, which are one
     launch each."""
     import torch
@@ -122,8 +122,12 @@ def _kernel(plans, device: str) -> str:
     if not any(plan.packs for plan in plans):
         return "none needed: nothing is packed, the model's own attention serves"
     place = torch.device(device)
-    choose = packed_attention if place.type == "cpu" else decode_attention
-    return _answer([choose(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans], "layers")
+    traits = [(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans]
+    if place.type == "cpu":
+        return _answer([packed_attention(*given) for given in traits], "layers")
+    dims, rows = (described.shape.key_dim, described.shape.value_dim), described.query_heads // described.shape.heads
+    steps = zip(traits, plans, strict=True)
+    return _answer([decode_attention(*given, dims, rows, plan.pinned) for given, plan in steps], "layers")
 
 
 def _capture(plans, device: str) -> str:

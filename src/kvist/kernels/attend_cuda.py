@@ -17,7 +17,7 @@ from kvist.kernels.choose import Decode, Exact, Stored, Traits
 from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).with_name("cuda")
-SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "pages.cuh", "primitives.cuh")
+SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "page.cuh", "layout.cuh", "primitives.cuh")
 DIM = 128
 LOOSE = 64  # exact tokens per block
 SHARED = 70 << 10  # bytes of a block's pages at most, so that three blocks share a multiprocessor

@@ -164,29 +164,35 @@ def packed_attention(key: Traits, value: Traits, device: torch.device) -> tuple[
 
 
 def decode_attention(
-    key: Traits, value: Traits, device: torch.device, dims: tuple[int, int] = (0, 0)
+    key: Traits,
+    value: Traits,
+    device: torch.device,
+    dims: tuple[int, int] = (0, 0),
+    rows: int = 1,
+    pinned: bool = False,
 ) -> tuple[Callable | None, tuple[str, ...]]:
     """The fast decode step and (), or None and the reasons why parts are computed one by one and merged.
 
     It takes queries (B, Hq, M, D) of any float type, M <= `MOST_QUERIES`, which are the last M tokens of their rows;
     keys and values as `Stored`; the exact tokens of both as `Exact`; and a `Decode`. It returns attention over
     everything, (B, Hq, M, Dv) in the queries' type, in one launch and without asking the device anything. dims: head
-    sizes of keys and values, where they are known.
+    sizes of keys and values, where they are known; rows: query rows per KV head; pinned: packed tokens may be left out.
 
     Triton's own variable TRITON_INTERPRET=1 runs its kernels on a CPU.
     """
     if any(side.hadamard and dim > 128 for side, dim in zip((key, value), dims, strict=True)):
         return None, ("the Hadamard matrix of heads of more than 128 channels does not fit beside the rest",)
-    return _decode_attention(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    small = set(dims) <= {0, 128} and rows <= 8 and not pinned
+    return _decode_attention(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1", small)
 
 
 @cache
-def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool):
+def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool, small: bool):
     if reasons := _no_triton(device, interpreted):
         return None, reasons
     if value.rotary:
         return None, ("values are stored before a rotary embedding",)
-    if device == "cuda":
+    if device == "cuda" and small:  # what the CUDA kernel was written for
         from kvist.kernels import attend_cuda
 
         if not attend_cuda.unserved(key, value):
