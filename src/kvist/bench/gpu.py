@@ -63,7 +63,8 @@ def kernel_times(path: Path, device: str, methods: Sequence[str]) -> None:
     gates = [row for file in sorted(path.parent.glob(f"{GATE}*.json")) for row in json.loads(file.read_text())["rows"]]
     known = {row["method"] for row in gates}
     gates += [{"method": method, "unfinished": True} for method in methods if method not in known]
-    plot = path.with_suffix(".png") if importlib.util.find_spec("matplotlib") else None
+    drawn = device.startswith("cuda") and importlib.util.find_spec("matplotlib")
+    plot = path.with_suffix(".png") if drawn else None
     kernels.run(methods=methods, device=device, variants=False, gates=gates, out=path, plot=plot)
 
 

@@ -72,6 +72,8 @@ def run(
         parse(method)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     timed = place.type == "cuda"
+    if plot and not timed:
+        raise ValueError("a plot needs times, and without a GPU nothing is timed: leave the plot out, or run on a GPU")
     toy = toy or not timed
     chosen = [Shape.parse(text) for text in shapes or (TOY_SHAPES if toy else SHAPES)]
     chosen = [shape.toy() for shape in chosen] if toy else chosen
@@ -103,7 +105,7 @@ def run(
             report["packing"] = packing(packed, place, rounds if timed else 0, toy, copied)
     write(report, out)
     _print(report, as_json)
-    if plot and timed:
+    if plot:
         from kvist.bench.roofline import draw
 
         draw(report, plot)

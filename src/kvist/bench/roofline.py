@@ -32,6 +32,8 @@ def draw(report: dict, path: str | Path) -> None:
 
 
 def _panel(axes, shape: str, rows: list[dict], copied: float) -> None:
+    from matplotlib.ticker import NullLocator
+
     per_bit = rows[0]["MB"] * 1e6 / rows[0]["bits/element"]  # bytes, of a bit of every cached number
     ends = [min(row["bits/element"] for row in rows) / 1.3, max(row["bits/element"] for row in rows) * 1.3]
     axes.plot(ends, [1e6 * per_bit * bits / copied for bits in ends], color="black", linewidth=1)
@@ -40,8 +42,12 @@ def _panel(axes, shape: str, rows: list[dict], copied: float) -> None:
         x, y = row["bits/element"], row["median us"]
         axes.errorbar([x], [y], [[y - row["p10 us"]], [row["p90 us"] - y]], color=colour, marker=marker, markersize=4)
         name = row["contender"].removeprefix("kvist ").removeprefix("torch ")
-        axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=5)
+        axes.annotate(name, (x, y), xytext=(-5, 2), textcoords="offset points", fontsize=7, ha="right")
     axes.set(title=shape, xlabel="bits per cached number", ylabel="µs", xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set(xlim=(ends[0] / 1.6, ends[1]), xticks=[b for b in (1, 2, 4, 8, 16) if ends[0] / 1.6 <= b <= ends[1]])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
