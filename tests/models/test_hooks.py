@@ -62,19 +62,15 @@ def test_positional_arguments_and_embeddings_are_heard(model):
     assert torch.equal(by_ids, by_embeddings)
 
 
-def test_a_batch_whose_mask_was_not_seen_is_refused(model):
-    cache = kvist.Cache(model, "kivi")
+@pytest.mark.parametrize("batch", [padded((9, 4)), {"input_ids": tokens(1, 9)}], ids=["batch", "row"])
+def test_a_model_that_is_not_heard_is_refused(model, batch):
+    cache, other = kvist.Cache(model, "kivi"), sharpen(LlamaForCausalLM(llama_config()))
+    with torch.no_grad(), pytest.raises(ValueError, match="from LlamaAttention without its attention mask and positi"):
+        other(**batch, **cache_argument(cache))
     cache.close()
     with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask and positions being seen"):
-        model(**padded((9, 4)), **cache_argument(cache))
-
-
-def test_one_row_needs_no_mask(model):
-    cache = kvist.Cache(model, "kivi")
-    cache.close()
-    with torch.no_grad():
-        model(tokens(1, 9), **cache_argument(cache))
-    assert cache.rows.dense(9)
+        model(**batch, **cache_argument(cache))
+    assert cache.get_seq_length() == cache.rows.slots == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 3)])

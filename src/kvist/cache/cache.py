@@ -15,7 +15,7 @@ from kvist.cache.rows import Rows
 from kvist.methods import resolve
 from kvist.models import compat
 from kvist.models.adapter import SERVED, describe
-from kvist.models.hooks import watch
+from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
 
@@ -80,7 +80,7 @@ class Cache(TransformersCache):
 
     def _listen(self, model) -> None:
         self._model = weakref.ref(model)
-        self.close = watch(model, self, "announce")
+        self.close = watch(model, self, "announce", "_forget_the_unstored")
 
     @property
     def ours(self) -> list[Layer]:
@@ -118,6 +118,9 @@ class Cache(TransformersCache):
                 real = None
         self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
         self.upcoming = self._next(batch, slots, positions)
+
+    def _forget_the_unstored(self) -> None:
+        self.rows.crop(self.ours[0].slots)
 
     def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
         """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
@@ -176,10 +179,12 @@ class Cache(TransformersCache):
         if self.steps is not None and isinstance(layer, Layer):
             return self.steps.update(layer, key_states, value_states)
         if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
-            if batch > 1 or self.recipe.rotary:
+            module = calling()
+            if module or batch > 1 or self.recipe.rotary:
                 raise ValueError(
-                    f"a batch of {batch} arrived without its attention mask and positions being seen, so padding "
-                    "cannot be told from tokens; call the model that was given to kvist.Cache, not a part of it"
+                    f"a batch of {batch} arrived{f' from {module}' if module else ''} without its attention mask and "
+                    "positions being seen, so padding cannot be told from tokens; call the model that was given to "
+                    "kvist.Cache, or its text model, or tell the cache first: announce(batch, tokens, mask, positions)"
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
