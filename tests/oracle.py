@@ -53,18 +53,12 @@ def decide(rule, decided: int, length: int, prompt: bool) -> int:
         case "streaming":  # a prompt leaves W; later 2W gather, then W are left
             full = waiting > rule.window if prompt else waiting >= 2 * rule.window
             return length - rule.window if full else decided
-        case "log" if prompt:  # log and rest together are thinned until fewer than 3W remain
-            log, rest = [], list(range(length))
-            if length > rule.window:
-                log, rest = rest[: rule.window], rest[rule.window :]
-            while len(log) + len(rest) >= 3 * rule.window:
-                log, rest = (log + rest)[: 2 * rule.window : 2], rest[rule.window :]
-            return length - len(rest)
-        case "log":  # one token after the other: when more than 2W wait, the oldest W leave
-            recent = list(range(decided, length))
-            while len(recent) > 2 * rule.window:
-                recent = recent[rule.window :]
-            return length - len(recent)
+        case "log":  # blocks, counted from the first token, as long as a whole one is left behind them
+            while (decided // rule.window + 2) * rule.window <= length:
+                decided = (decided // rule.window + 1) * rule.window
+            return decided
+        case "gather":
+            return decided if waiting < rule.size else length
         case "ratio":
             packable = waiting - int(rule.ratio * waiting)
             return decided + packable // rule.group * rule.group

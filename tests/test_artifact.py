@@ -26,13 +26,13 @@ def near(a: Artifact, b: Artifact) -> bool:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["grid", "grid read", "fp16", "fp16 read"])
+@pytest.mark.parametrize("kind", ["grid", "grid read", "free", "free read"])
 def test_round_trip(kind, bits, tmp_path):
     artifact = made(kind, bits=bits)
     artifact.save(tmp_path / "a")
     loaded = Artifact.load(tmp_path / "a")
     assert near(loaded, artifact) and loaded.on_grid == ("grid" in kind)
-    if "grid" not in kind:  # fp16 numbers are kept exactly, at once
+    if "grid" not in kind:  # fp32 numbers are kept exactly, at once
         assert loaded == artifact
     loaded.save(str(tmp_path / "b"))
     assert Artifact.load(str(tmp_path / "b")) == loaded  # and all, once they come from a file
@@ -45,7 +45,7 @@ def test_round_trip(kind, bits, tmp_path):
     [{"keys": "post-rope"}, {"key_axis": "token"}, {"cap": "none", "slots": 6}, {"outliers": 0.0}, {"qnorm": True}],
 )
 def test_settings_come_back_and_make_the_same_recipe(settings, tmp_path):
-    artifact = made("fp16", **settings)
+    artifact = made("free", **settings)
     artifact.save(tmp_path)
     loaded = Artifact.find(tmp_path)
     assert loaded == artifact and recipe(loaded) == recipe(artifact)
@@ -54,19 +54,32 @@ def test_settings_come_back_and_make_the_same_recipe(settings, tmp_path):
     assert head["settings"] == artifact.settings.model_dump() and head["origin"]["source"] == "a book"
 
 
-def test_the_file_holds_bytes_for_a_grid_and_fp16_for_the_rest(tmp_path):
+def test_the_file_holds_bytes_for_a_grid_and_fp32_for_the_rest(tmp_path):
     made("grid read").save(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
     assert {str(tensors[f"key.0.{name}"].dtype) for name in ("points", "read")} == {"torch.uint8"}
     assert {str(tensors[f"key.1.{name}"].dtype) for name in ("low", "high")} == {"torch.float16"}
     assert "value.0.low" not in tensors
-    made("fp16").save(tmp_path)
-    assert load_file(tmp_path / TENSORS)["value.1.points"].dtype == torch.float16
+    made("free").save(tmp_path)
+    assert load_file(tmp_path / TENSORS)["value.1.points"].dtype == torch.float32
+
+
+def test_points_of_earlier_files_are_read(tmp_path):
+    """Tables off the grid were once kept in fp16."""
+    artifact = made("free")
+    artifact.save(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    data = save({k: x.half() if k.endswith("points") else x for k, x in tensors.items()})
+    (tmp_path / TENSORS).write_bytes(data)
+    head = json.loads((tmp_path / JSON).read_text()) | {"digest": _digest(data)}
+    (tmp_path / JSON).write_text(json.dumps(head))
+    loaded = Artifact.load(tmp_path)
+    assert [fit.table.points for fit in loaded.keys] == [half(fit.table.points) for fit in artifact.keys]
 
 
 def test_flat_tables_come_back(tmp_path):
     """A side of equal numbers has a table of one point."""
-    artifact = made("fp16")
+    artifact = made("free")
     still = Fit(table=Table(bits=3, points=(0.25,) * 8))
     artifact = artifact.model_copy(update={"values": (still,) * 2})
     artifact.save(tmp_path)
@@ -148,7 +161,7 @@ def test_half_written_is_refused(saved, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", failing)
     with pytest.raises(KeyboardInterrupt):
-        made("fp16").save(saved)
+        made("free").save(saved)
     assert "is not the file that artifact.json was written with" in refused(saved)
     assert {path.name for path in saved.iterdir()} == {JSON, TENSORS}  # no scratch file stays
 

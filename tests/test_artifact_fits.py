@@ -52,14 +52,14 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_push_and_find(hub, tmp_path, monkeypatch):
-    artifact = made("fp16", bits=4)
+    artifact = made("free", bits=4)
     assert artifact.push("me/nuq4") == "https://hub/me/nuq4/commit/1"
     assert hub.created == ["me/nuq4"] and hub.files["me/nuq4"].keys() == {JSON, TENSORS}
     assert hub.message.startswith("nuq4-5% for ") and "2 layers, 2 KV heads of 32" in hub.message
     assert Artifact.find("me/nuq4") == artifact
     assert kvist.Cache(tiny_llama(), "kvquant", artifact="me/nuq4").recipe == recipe(artifact)
     monkeypatch.chdir(tmp_path)
-    made("fp16", bits=2).save("me/nuq4")  # a folder goes first
+    made("free", bits=2).save("me/nuq4")  # a folder goes first
     assert Artifact.find("me/nuq4").settings.bits == 2
 
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming, log_pins
+from kvist.retention import Block, Gather, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming, log_pins
 
 windows = st.integers(1, 70)
 rules = st.one_of(
     st.just(KeepAll()),
     st.just(Immediate()),
     st.builds(Block, size=windows),
+    st.builds(Gather, size=windows),
     st.builds(Sliding, size=windows),
     st.builds(Streaming, window=windows),
     st.builds(LogSparse, window=windows),
@@ -52,8 +53,9 @@ def test_the_order_of_updates_matters_only_where_a_rule_says_so(rule, prompt, cu
 
 
 def test_rules_that_depend_on_chunking_name_the_reason():
-    assert all(rule.chunking for rule in (Streaming(window=8), LogSparse(window=8), Ratio(ratio=0.2)))
-    assert not any(rule.chunking for rule in (KeepAll(), Immediate(), Block(size=8), Sliding(size=8), Share(ratio=0.2)))
+    assert all(rule.chunking for rule in (Streaming(window=8), Gather(size=8), Ratio(ratio=0.2)))
+    others = (KeepAll(), Immediate(), Block(size=8), Sliding(size=8), LogSparse(window=8), Share(ratio=0.2))
+    assert not any(rule.chunking for rule in others)
 
 
 @settings(max_examples=100, deadline=None)
@@ -88,6 +90,33 @@ def test_streaming_is_the_published_window(window, prompt, more):
         assert frontier == recent[0]
 
 
+@settings(max_examples=100, deadline=None)
+@given(size=windows, prompt=st.integers(1, 400), more=st.integers(0, 300))
+def test_gathered_values_count_from_the_prompt(size, prompt, more):
+    """A prompt of a block or more leaves nothing; then a residual grows token by token and is emptied when full."""
+    rule, residual = Gather(size=size), prompt if prompt < size else 0
+    frontier = rule.advance(0, prompt, True)
+    for length in range(prompt, prompt + more + 1):
+        if length > prompt:
+            residual = (residual + 1) % size
+            frontier = rule.advance(frontier, length, False)
+        assert length - frontier == residual
+
+
+@pytest.mark.parametrize(
+    ("window", "prompt", "steps", "exact"),
+    [(4, 9, 0, 4), (4, 9, 3, 7), (4, 9, 4, 4), (64, 69, 63, 67), (64, 69, 64, 4)],
+)
+def test_the_worked_examples_of_gathered_values(window, prompt, steps, exact):
+    """What the published program keeps exact with 4 sinks: [0, 1, 2, 3] of 9 tokens at W = 4, whereas blocks counted
+    from the sinks would leave token 8; and 67 values at W = 64, 63 tokens after a prompt of 69, where they leave 4."""
+    rule = Gather(size=window, sinks=4)
+    frontier = rule.advance(0, prompt - 4, True)
+    for length in range(prompt - 3, prompt + steps - 3):
+        frontier = rule.advance(frontier, length, False)
+    assert prompt + steps - frontier == exact
+
+
 def published_prompt(n: int, w: int) -> tuple[list[int], list[int]]:
     """The log set and the window of a prompt: halve the first 2W until fewer than 3W are left."""
     if n <= w:
@@ -99,9 +128,9 @@ def published_prompt(n: int, w: int) -> tuple[list[int], list[int]]:
 
 
 def published_step(log: list[int], window: list[int], token: int, w: int) -> tuple[list[int], list[int]]:
-    """One decoded token: beyond 2W, the W oldest of the window join the log set, which is then halved."""
+    """One decoded token: one that makes the window 2W sends its W oldest into the log set, which is then halved."""
     window = [*window, token]
-    if len(window) > 2 * w:
+    if len(window) >= 2 * w:
         oldest, window = window[:w], window[w:]
         log = (log + oldest)[::2] if log else oldest
     return log, window
@@ -109,26 +138,38 @@ def published_step(log: list[int], window: list[int], token: int, w: int) -> tup
 
 @settings(max_examples=150, deadline=None)
 @given(w=windows, blocks=st.floats(0.01, 12), more=st.floats(0, 6))
-def test_log_sets_equal_the_published_recurrence(w, blocks, more):
+def test_exact_tokens_of_the_log_rule_are_those_of_the_published_recurrence(w, blocks, more):
     prompt = max(1, int(blocks * w))
     rule = LogSparse(window=w)
     log, window = published_prompt(prompt, w)
     frontier = rule.advance(0, prompt, True)
-    assert (list(rule.pins(frontier)), list(range(frontier, prompt))) == (log, window)
+    assert kept(rule, frontier, prompt) == log + window
     for length in range(prompt + 1, prompt + int(more * w) + 1):
         log, window = published_step(log, window, length - 1, w)
         frontier = rule.advance(frontier, length, False)
-        assert (list(rule.pins(frontier)), list(range(frontier, length))) == (log, window)
+        assert kept(rule, frontier, length) == log + window
 
 
 @settings(max_examples=100, deadline=None)
 @given(w=windows, more=st.integers(0, 500))
 def test_log_sets_of_a_sequence_that_only_decodes(w, more):
+    """They are also those of a prompt of the same length: [0, 2, 4, 6] and the newest 4 at W = 4 and 12 tokens."""
     rule, frontier, log, window = LogSparse(window=w), 0, [], []
     for length in range(1, more + 1):
         log, window = published_step(log, window, length - 1, w)
         frontier = rule.advance(frontier, length, False)
         assert (list(rule.pins(frontier)), list(range(frontier, length))) == (log, window)
+        assert log + window == [p for part in published_prompt(length, w) for p in part]
+
+
+def test_a_log_prompt_of_twelve_tokens():
+    rule = LogSparse(window=4)
+    assert kept(rule, rule.advance(0, 12, True), 12) == [0, 2, 4, 6, 8, 9, 10, 11]
+    assert rule.advance(4, 12, False) == 8
+
+
+def kept(rule, frontier: int, length: int) -> list[int]:
+    return [*rule.pins(frontier), *range(frontier, length)]
 
 
 def test_the_worked_examples_of_the_log_set():
@@ -167,14 +208,15 @@ def test_published_costs_are_upper_bounds(w, sinks, prompt, more):
     streaming = exact_tokens(Streaming(window=w, sinks=sinks), prompt, more)
     log = exact_tokens(LogSparse(window=w), prompt, more)
     assert streaming <= sinks + 2 * w and log <= 3 * w
-    assert (streaming + exact_tokens(Block(size=w, sinks=sinks), prompt, more)) / 2 <= sinks + 1.5 * w
+    for values in (Block(size=w, sinks=sinks), Gather(size=w, sinks=sinks)):
+        assert (streaming + exact_tokens(values, prompt, more)) / 2 <= sinks + 1.5 * w
     assert (log + exact_tokens(Block(size=w), prompt, more)) / 2 <= 2 * w
 
 
 def test_published_costs_are_reached_within_one_token():
     """The bounds are tight: long decoding comes within a token of them."""
     assert exact_tokens(Streaming(window=32, sinks=4), 100, 200) == 4 + 2 * 32 - 1
-    assert exact_tokens(LogSparse(window=32), 100, 200) == 3 * 32
+    assert exact_tokens(LogSparse(window=32), 100, 200) == 3 * 32 - 1
 
 
 COLLAPSE = [  # KVmix: ratio, group, exact tokens after a prompt of 4,096 and after each of four steps, steady range

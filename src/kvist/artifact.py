@@ -1,7 +1,7 @@
 """What calibration learned: tables and thresholds per layer, from what, for which model. Safetensors and JSON.
 
 A folder with `artifact.json`, readable, and `artifact.safetensors`, whose checksum the JSON holds. Points of a table
-that lie on 256 even steps are a byte each, beside the two ends; others are fp16 (KVQuant section 3).
+that lie on 256 even steps are a byte each, beside the two ends; others are fp32 (KVQuant section 3).
 """
 
 import hashlib
@@ -97,7 +97,7 @@ class Artifact(Part):
 
     @property
     def on_grid(self) -> bool:
-        """Whether all tables lie on 256 even steps, so that a look-up in registers serves them."""
+        """Whether all tables lie on 256 even steps, a byte each in the file."""
         return all(fit.table.grid is not None for fit in (*self.keys, *self.values))
 
     def __str__(self) -> str:
@@ -192,7 +192,7 @@ def _to_tensors(fit: Fit) -> dict[str, Tensor]:
             continue
         steps = Table(bits=table.bits, points=points).grid
         if steps is None:
-            found[name] = torch.tensor(points).half()
+            found[name] = torch.tensor(points, dtype=torch.float32)
         else:
             found |= {name: torch.tensor(steps, dtype=torch.uint8), f"{name}_ends": torch.tensor(points)[[0, -1]]}
     if fit.range:

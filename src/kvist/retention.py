@@ -73,6 +73,25 @@ class Block(Rule):
         return max(frontier, length // self.size * self.size)
 
 
+class Gather(Rule):
+    """All that wait are packed once they are `size`, so that blocks are counted from the end of the prompt, which is
+    packed whole unless it is shorter: between 0 and size-1 wait (values of LogQuant's PartialStreamingQuant)."""
+
+    kind: Literal["gather"] = "gather"
+    size: PositiveInt
+
+    @property
+    def chunking(self) -> str:
+        return "a block begins where the last one was packed, which may be the end of any long update"
+
+    @property
+    def most(self) -> int:
+        return self.size - 1
+
+    def advance(self, frontier: int, length: int, prompt: bool) -> int:
+        return length if length - frontier >= self.size else frontier
+
+
 class Sliding(Rule):
     """The newest `size` wait, always (KIVI section 4.2, values)."""
 
@@ -117,30 +136,22 @@ def log_pins(window: int, blocks: int) -> tuple[int, ...]:
 
 
 class LogSparse(Rule):
-    """Blocks of W are packed when more than 2W wait; of the packed, a log-spaced set of W stays exact (LogQuant,
-    section 3). A prompt is cut until fewer than 2W wait, as published."""
+    """Blocks of W are packed, all but the newest W to 2W-1 tokens; of the packed, a log-spaced set of W stays exact
+    (LogQuant, section 3). A prompt and single tokens come to the same."""
 
     kind: Literal["log"] = "log"
     window: PositiveInt
 
     @property
-    def chunking(self) -> str:
-        return "a prompt is packed until fewer than 2W tokens wait, decoding packs when more than 2W do"
-
-    @property
     def most(self) -> int:
-        return 2 * self.window
+        return 2 * self.window - 1
 
     @property
     def most_pins(self) -> int:
         return self.window
 
     def advance(self, frontier: int, length: int, prompt: bool) -> int:
-        w = self.window
-        if prompt:
-            return 0 if length <= w else max(w, (length // w - 1) * w)
-        blocks = -(-(length - frontier - 2 * w) // w)
-        return frontier + max(0, blocks) * w
+        return max(frontier, (length // self.window - 1) * self.window)
 
     def pins(self, frontier: int) -> tuple[int, ...]:
         return log_pins(self.window, frontier // self.window)
@@ -176,5 +187,6 @@ class Share(Rule):
 
 
 Retention = Annotated[
-    KeepAll | Immediate | Block | Sliding | Streaming | LogSparse | Ratio | Share, Field(discriminator="kind")
+    KeepAll | Immediate | Block | Gather | Sliding | Streaming | LogSparse | Ratio | Share,
+    Field(discriminator="kind"),
 ]

@@ -187,14 +187,14 @@ def test_inspect_of_what_was_fitted_to_the_bundled_model(bits, folder):
         assert "6 layers but the model has 2" in refused("inspect", folder, "-m", method)
 
 
-@pytest.mark.parametrize(("kind", "on_grid"), [("grid", 4), ("fp16", 0)])
+@pytest.mark.parametrize(("kind", "on_grid"), [("grid", 4), ("free", 0)])
 def test_inspect_says_where_tables_lie(kind, on_grid, folder, tmp_path):
     model = LlamaForCausalLM.from_pretrained(folder)
     made(kind, model).save(tmp_path)
     method = f"kvquant artifact={tmp_path}"
     assert data("inspect", folder, "-m", method)["methods"][0]["tables"] == {"all": 4, "on_grid": on_grid}
     printed = call("inspect", folder, "-m", method).stdout
-    assert ("0 of 4 lie on the 256-step grid, 4 elsewhere; the same code reads both" in printed) == (kind == "fp16")
+    assert ("0 of 4 lie on the 256-step grid, 4 elsewhere; the same code reads both" in printed) == (kind == "free")
     model.config.rope_parameters["rope_theta"] = 5e5
     model.save_pretrained(tmp_path / "other")
     assert "config differs" in refused("inspect", str(tmp_path / "other"), "-m", method)

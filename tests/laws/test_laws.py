@@ -12,7 +12,7 @@ from kvist import methods
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.plan import LayerPlan, Recipe
-from kvist.retention import Block, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming
+from kvist.retention import Block, Gather, Immediate, KeepAll, LogSparse, Ratio, Share, Sliding, Streaming
 
 HEADS, DIM, LENGTH = 2, 32, 301
 
@@ -162,6 +162,7 @@ RULES = st.one_of(
     st.just(KeepAll()),
     st.just(Immediate()),
     st.builds(Block, size=st.integers(1, 70)),
+    st.builds(Gather, size=st.integers(1, 70)),
     st.builds(Sliding, size=st.integers(1, 70)),
     st.builds(Streaming, window=st.integers(1, 50)),
     st.builds(LogSparse, window=st.integers(1, 50)),

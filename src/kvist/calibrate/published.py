@@ -98,8 +98,8 @@ def to_artifact(
     outliers: share of the channels that escape. cap ("token" or "none") and sinks default to what the file's family was
     published with: ("token", 5) for llama, ("none", 1) for dbrx, ("token", 1) for others. slots: of keys per token with
     cap none, by default twice what the share gives. levels ("nf" or "int") and bits: for files without codebooks.
-    Thresholds and points are rounded to fp16 first, as the published code does. Raises ValueError where file, model and
-    options do not fit.
+    Thresholds are rounded to fp16 first, as the published code does. Raises ValueError where file, model and options do
+    not fit.
     """
     facts = describe(model)
     _check_layers(published, facts)
@@ -242,18 +242,16 @@ def _slots(slots: int | None, cap: str, outliers: float, channels: int) -> int:
     return slots
 
 
-def _half(values: Tensor | np.ndarray) -> tuple[float, ...]:
+def _half(values: Tensor) -> tuple[float, ...]:
     """Rounded to fp16."""
-    return tuple(torch.as_tensor(values).half().tolist())
+    return tuple(values.half().tolist())
 
 
 def _table(quantizer: Quantizer, levels: str, bits: int) -> Table:
-    width = cast(Any, bits)
-    if quantizer.points is None:
-        even = Table(bits=width, points=FORMULAS[levels](bits))
-        return even if even.grid else Table(bits=width, points=_half(torch.tensor(even.points, dtype=torch.float64)))
-    moved = None if quantizer.read is None else _half(quantizer.read)
-    return Table(bits=width, points=_half(quantizer.points), read=moved)
+    """Points in fp32, the precision in which the published program looks them up and an artefact keeps them."""
+    points = np.asarray(FORMULAS[levels](bits)) if quantizer.points is None else quantizer.points
+    found = [None if x is None else tuple(torch.as_tensor(x).float().tolist()) for x in (points, quantizer.read)]
+    return Table(bits=cast(Any, bits), points=found[0] or (), read=found[1])
 
 
 def _range(quantizer: Quantizer, channels: int, layer: int) -> Fixed:

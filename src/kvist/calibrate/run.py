@@ -148,14 +148,14 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def _table(histogram: Histogram, settings: Settings) -> Table:
-    """The ladder of one side of one layer, on a grid of 256 steps; Q-Norm moves the points that are read."""
+    """The ladder of one side of one layer: fitted points on a grid of 256 steps, those of a formula where it has them;
+    Q-Norm moves the points that are read."""
     bits = settings.bits
     points = {
-        "nuq": lambda: tables.fit(histogram, bits),
+        "nuq": lambda: tables.to_grid(tables.fit(histogram, bits)),
         "nf": lambda: tables.normal_float(bits),
         "int": lambda: tables.evenly(bits),
     }[settings.levels]()
-    points = tables.to_grid(points)
     if not settings.qnorm:
         return Table(bits=bits, points=points)
     scale, offset = tables.q_norm(histogram, points)

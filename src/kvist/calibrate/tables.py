@@ -154,7 +154,7 @@ def to_grid(points: Sequence[float]) -> tuple[float, ...]:
 def q_norm(histogram: Histogram, points: Sequence[float], weighted: bool = True) -> tuple[float, float]:
     """Scale and offset which, applied to `points` on reading, give quantised values the mean and (population)
     standard deviation of the originals (KVQuant's Q-Norm). The codes stay those of `points`: the nearest one, the lower
-    on a tie; each bin goes where its mean goes, which takes bins to be narrow.
+    on a tie. Where a bin's values part is known up to their spread within it (`_below`).
 
     weighted: moments under the weights that the points were fitted with; published without. (1, 0) where either
     deviation is zero. Raises ValueError when the histogram is empty.
@@ -165,14 +165,24 @@ def q_norm(histogram: Histogram, points: Sequence[float], weighted: bool = True)
         raise ValueError("Q-Norm compares values, found an empty histogram; calibrate on more text")
     count, total, squares = count[held], total[held], squares[held]
     ladder = np.asarray(points, np.float64)
-    # side "left": a value on a boundary belongs below it, as in Table
-    quantised = ladder[np.searchsorted((ladder[1:] + ladder[:-1]) / 2, total / count)]
+    below = _below((ladder[1:] + ladder[:-1]) / 2, total / count, squares / count)
+    given = np.diff(count @ below, prepend=0, append=count.sum())  # the weight of each point
     mean, deviation = _moments(count, total, squares)
-    rough_mean, rough_deviation = _moments(count, count * quantised, count * quantised**2)
+    rough_mean, rough_deviation = _moments(given, given * ladder, given * ladder**2)
     if deviation == 0 or rough_deviation == 0:
         return 1.0, 0.0
     scale = deviation / rough_deviation
     return scale, mean - rough_mean * scale
+
+
+def _below(edges: np.ndarray, mean: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """The share of each bin's values at or below each edge, (bins, edges), from their mean and mean square: even over
+    as wide a stretch about the mean as gives their variance, or all at the mean."""
+    variance = square - mean**2
+    half = np.sqrt(3 * np.where(variance > FLAT * square, variance, 0))[:, None]
+    distance = edges - mean[:, None]
+    inside = np.divide(distance + half, 2 * half, out=np.zeros_like(distance), where=half > 0)
+    return np.where(half > 0, inside.clip(0, 1), distance >= 0)
 
 
 def _moments(count: np.ndarray, total: np.ndarray, squares: np.ndarray) -> tuple[float, float]:

@@ -81,6 +81,6 @@ def _sentences(f: dict, chosen: bool, room: bool) -> list[str]:
     if f["cap"] == "none" and not room and f["slots"]:
         lines.append("The slots are twice the share of outliers, as the file does not say how many tokens need more.")
     if not f["on_grid"]:
-        lines.append("Its tables do not lie on 256 even steps and are kept in fp16: a slower kernel serves them.")
+        lines.append("Its tables do not lie on 256 even steps and are kept in fp32; the same code reads both.")
     lines.append(f"Written to {f['artifact']}; use it as --method 'kvquant artifact={f['artifact']}'.")
     return lines

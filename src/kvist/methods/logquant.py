@@ -1,5 +1,5 @@
 """LogQuant (Chen et al. 2025, arXiv 2503.19950) and its relatives. Attention to a token fades with distance, so the
-tokens kept exact thin out with distance: a log-spaced set of W and a recent window of W to 2W. `streaming` spends the
+tokens kept exact thin out with distance: a log-spaced set of W and a recent window of W to 2W-1. `streaming` spends the
 same room on sinks and a window; the `partial-` forms spend it on keys alone. Keys are grouped along tokens and values
 along channels as in KIVI; the published code groups both along channels.
 
@@ -8,7 +8,7 @@ along channels as in KIVI; the published code groups both along channels.
 from kvist.methods.parts import Width, check_group, per_channel, per_token, width
 from kvist.methods.registry import method
 from kvist.plan import LayerPlan, Recipe, Side
-from kvist.retention import Block, LogSparse, Retention, Streaming
+from kvist.retention import Block, Gather, LogSparse, Retention, Streaming
 
 PAPER = "LogQuant, arXiv 2503.19950"
 SINKS = 4
@@ -24,7 +24,7 @@ def logquant(
     sinks: int = 0,
     budget: int = 0,
 ) -> Recipe:
-    """Low bits for all, and exact: W log-spaced old tokens and the newest W to 2W."""
+    """Low bits for all, and exact: W log-spaced old tokens and the newest W to 2W-1."""
     rule = LogSparse(window=budget // 3 if budget else window, sinks=sinks)
     return _recipe("logquant", bits, k, v, group, rule, rule)
 
@@ -74,7 +74,7 @@ def partial_streaming(
     """`streaming` for keys; values keep S first tokens and an unfinished block of up to W-1."""
     size = int((budget - sinks) / 1.5) if budget else window
     return _recipe(
-        "partial-streaming", bits, k, v, group, Streaming(window=size, sinks=sinks), Block(size=size, sinks=sinks)
+        "partial-streaming", bits, k, v, group, Streaming(window=size, sinks=sinks), Gather(size=size, sinks=sinks)
     )
 
 
