@@ -15,5 +15,6 @@ def layer_types(config) -> tuple[list[str], list[dict]]:
 
 
 def own_layer(kind: str, arguments: dict):
-    """transformers' own dynamic cache layer for an attention type."""
+    """transformers' own dynamic cache layer for an attention type. A picture's keys are kept as a text's would be."""
+    kind = "full_attention" if kind == "cross_attention" else kind
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
