@@ -140,8 +140,15 @@ class Cache(TransformersCache):
         self.upcoming = self._next(batch, slots, positions)
 
     def finish(self) -> None:
-        """The forward that was announced has returned. Called by the hook."""
+        """The forward that was announced has returned. Called by the hook. ValueError where it stored nothing."""
         self._begun = None
+        missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < self.rows.slots]
+        if missed and self.steps is None:
+            self._spoilt = (
+                f"{self.describes.name} stored nothing in layer {missed[0]}, which its config says attends to the whole "
+                "text: kvist does not know this family; use transformers' own cache"
+            )
+            raise ValueError(self._spoilt)
 
     def _check_whole(self) -> None:
         """Refuse to go on where an earlier forward stopped half-way."""
@@ -213,6 +220,8 @@ class Cache(TransformersCache):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx >= len(self.describes.kinds):
+            raise ValueError(f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}")
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
         if self.steps is not None and isinstance(layer, Layer):
             return self.steps.update(layer, key_states, value_states)

@@ -1,5 +1,7 @@
 """Differences between the releases of transformers that kvist supports (5.17 to newest)."""
 
+import inspect
+
 from transformers import cache_utils
 
 
@@ -18,3 +20,15 @@ def own_layer(kind: str, arguments: dict):
     """transformers' own dynamic cache layer for an attention type. A picture's keys are kept as a text's would be."""
     kind = "full_attention" if kind == "cross_attention" else kind
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+
+
+def per_layer(config) -> list:
+    """The text config as each layer sees it: a layer may have sizes of its own."""
+    return list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+
+
+def takes_cache(model) -> bool:
+    """Whether a model's forward has a place for a cache, under either of its names; a wrapper may hide it."""
+    names = inspect.signature(model.forward).parameters
+    hidden = any(names[name].kind == inspect.Parameter.VAR_POSITIONAL for name in names)
+    return hidden or "cache" in names or "past_key_values" in names
