@@ -39,11 +39,16 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"heads$|n_head$", 4),
     (r"lora_rank$|dt_rank$|rank$|time_step_rank$", 16),
     (r"num_hidden_layers$|n_layers?$|num_layers$|decoder_layers$|encoder_layers$|max_window_layers$", LAYERS),
-    (r"(hidden_size|d_model|n_embd|embed_dim|embd_dim|emb_dim|embedding_size|proj_dim|lru_width|dim_model|embedding_dim)$", 64),
+    (
+        r"(hidden_size|d_model|n_embd|embed_dim|embd_dim|emb_dim|embedding_size|proj_dim|lru_width|dim_model|embedding_dim)$",
+        64,
+    ),
     (r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|model_max_length|max_target_positions)$", 4096),
     (r"(intermediate_size|ffn_dim|ffn_size|_ff|dff|d_inner|ffn_hidden_size)", 96),
 )
-LEFT = re.compile(r"token_id|_index$|_index_|position_embeddings$|seed|chunk_size|conv_|kernel|scal|floor|original_max|label")
+LEFT = re.compile(
+    r"token_id|_index$|_index_|position_embeddings$|seed|chunk_size|conv_|kernel|scal|floor|original_max|label"
+)
 
 # what the defaults do not show, or the rules get wrong
 CHANGES: dict[str, dict[str, Any]] = {
@@ -102,7 +107,9 @@ def shrunk(config) -> dict[str, Any]:
         elif name == "per_layer_config" and value:
             own = {int(layer): facts for layer, facts in value.items()}
             made[name] = {
-                j: {k: 2 * number(k, v) if v > 2 else v for k, v in own[i].items()} for j, i in enumerate(kept) if i in own
+                j: {k: 2 * number(k, v) if v > 2 else v for k, v in own[i].items()}
+                for j, i in enumerate(kept)
+                if i in own
             }
         elif isinstance(value, list) and deep and len(value) == deep:
             made[name] = list(range(len(kept))) if value == list(range(deep)) else [value[i] for i in kept]

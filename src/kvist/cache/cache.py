@@ -1,4 +1,4 @@
-"""The Hugging Face cache: give it to `model.generate(past_key_values=…)`."""
+"""The Hugging Face cache: give it to `model.generate(cache=…)` (`past_key_values=…` before transformers 5.24)."""
 
 import copy
 import weakref
@@ -16,7 +16,7 @@ from kvist.cache.rows import Rows
 from kvist.methods import resolve
 from kvist.models import compat
 from kvist.models.adapter import SERVED, describe
-from kvist.models.hooks import watch
+from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
 
@@ -139,14 +139,18 @@ class Cache(TransformersCache):
         self._begun = foreign.Mark(past, self.upcoming, {i: foreign.mark(layer) for i, _, layer in self.others})
         self.upcoming = self._next(batch, slots, positions)
 
-    def finish(self) -> None:
-        """The forward that was announced has returned. Called by the hook. ValueError where it stored nothing."""
+    def finish(self, returned: bool) -> None:
+        """The forward that was announced is over. Called by the hook. ValueError where it returned and stored nothing."""
+        expected, name = self.rows.slots, self.describes.name
+        self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
+        if not returned or self.steps is not None:
+            return
         self._begun = None
-        missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < self.rows.slots]
-        if missed and self.steps is None:
+        missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < expected]
+        if missed:
             self._spoilt = (
-                f"{self.describes.name} stored nothing in layer {missed[0]}, which its config says attends to the whole "
-                "text: kvist does not know this family; use transformers' own cache"
+                f"{name} stored nothing in layer {missed[0]}, which by its config attends to the whole text: kvist does "
+                "not know this family; use transformers' own cache"
             )
             raise ValueError(self._spoilt)
 
@@ -221,15 +225,19 @@ class Cache(TransformersCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.describes.kinds):
-            raise ValueError(f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}")
+            raise ValueError(
+                f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
+            )
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
         if self.steps is not None and isinstance(layer, Layer):
             return self.steps.update(layer, key_states, value_states)
         if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
-            if batch > 1 or self.recipe.rotary:
+            module = calling()
+            if module or batch > 1 or self.recipe.rotary:
                 raise ValueError(
-                    f"a batch of {batch} arrived without its attention mask and positions being seen, so padding "
-                    "cannot be told from tokens; call the model that was given to kvist.Cache, not a part of it"
+                    f"a batch of {batch} arrived{f' from {module}' if module else ''} without its attention mask and "
+                    "positions being seen, so padding cannot be told from tokens; call the model that was given to "
+                    "kvist.Cache, or its text model, or tell the cache first: announce(batch, tokens, mask, positions)"
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:

@@ -103,7 +103,11 @@ def why_not_mended(layer, kind: str, slots: int) -> str | None:
         return "what it held before is gone"
     seen, kept = layer.get_seq_length(), layer.keys.shape[-2]
     bounded = getattr(layer, "is_sliding", False) and not getattr(layer, "record_past", False)
-    if seen <= slots or kept != layer.values.shape[-2] or kept != (min(seen, layer.sliding_window - 1) if bounded else kept):
+    if (
+        seen <= slots
+        or kept != layer.values.shape[-2]
+        or kept != (min(seen, layer.sliding_window - 1) if bounded else kept)
+    ):
         return "it was stopped half-way"
     return why_not_cropped(layer, kind, seen - slots, seen)
 

@@ -55,7 +55,9 @@ class Model:
     def query_heads(self) -> int:
         """The query heads of every layer served. ValueError where they differ."""
         if len(set(self.queries)) > 1:
-            raise ValueError(f"this needs layers of one shape, and those of {self.name} have {set(self.queries)} queries")
+            raise ValueError(
+                f"this needs layers of one shape, and those of {self.name} have {set(self.queries)} queries"
+            )
         return self.queries[0]
 
     @property

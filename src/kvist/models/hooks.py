@@ -1,51 +1,118 @@
-"""Listen to a model's forward: which slots are tokens, and their positions. `update` is never told; a removable
-pre-hook tells the cache."""
+"""Listen to a model's forwards: which slots are tokens, and their positions. `update` is never told; removable hooks
+tell the cache, whichever of the model's doors a call comes through."""
 
 import inspect
+import sys
 import weakref
-from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from kvist.models.compat import CACHE_NAMES
 
-def watch(model: nn.Module, cache, tell: str, done: str = "") -> Callable[[], None]:
-    """Before each forward of `model` given `cache`, call its method `tell(batch, slots, attention_mask, position_ids)`;
-    when it has returned, and was not interrupted, its method `done()`, if one is named.
+INPUTS = ("input_ids", "inputs_embeds")
 
-    Holds neither of them alive. Returns the function that removes the hooks; they also go when the cache does.
-    """
-    reference = weakref.ref(cache)
-    signature = inspect.signature(model.forward)
 
-    def heard(args: tuple, kwargs: dict):
-        """The cache and the arguments, if it is among them."""
-        given = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
-        cache = reference()
-        return (cache, given) if cache is not None and given.get("past_key_values") is cache else (None, given)
+class Heard(NamedTuple):
+    """What a call says of its tokens."""
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache, given = heard(args, kwargs)
-        if cache is None:
-            return
-        inputs: Tensor | None = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if inputs is not None:
-            masks = given.get("attention_mask"), given.get("position_ids")
-            getattr(cache, tell)(inputs.shape[0], inputs.shape[1], *masks)
+    batch: int
+    slots: int
+    mask: Tensor | None
+    positions: Tensor | None
 
-    def after(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        cache, _ = heard(args, kwargs)
-        if cache is not None and done:
-            getattr(cache, done)()
 
-    hooks = (
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    )
+class Ears:
+    """Hooks on every module of `model` that takes tokens and a cache. See `watch`."""
 
-    def remove() -> None:
-        for hook in hooks:
+    def __init__(self, model: nn.Module, cache, tell: str, done: str | None):
+        self.cache, self.tell, self.done = weakref.ref(cache), tell, done
+        self.outer: weakref.ref[nn.Module] | None = None  # the module whose call is being heard
+        self.heard = Heard(0, 0, None, None)
+        self.hooks = []
+        for module in model.modules():
+            if _takes_tokens_and_cache(type(module)):
+                self.hooks.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
+                self.hooks.append(module.register_forward_hook(self.after, always_call=True))
+
+    def close(self) -> None:
+        for hook in self.hooks:
             hook.remove()
+        self.hooks = []
 
-    weakref.finalize(cache, remove)
-    return remove
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        cache = self.cache()
+        if cache is None or not any(value is cache for value in (*args, *kwargs.values())):
+            return  # it is found as what it is, under whatever name it comes
+        given = kwargs
+        if args:
+            given = inspect.signature(type(module).forward).bind_partial(module, *args).arguments | kwargs
+        inputs = next((given[name] for name in INPUTS if given.get(name) is not None), None)
+        if inputs is None:
+            raise ValueError(
+                f"{type(module).__name__} was given a kvist.Cache but neither input_ids nor inputs_embeds, so tokens "
+                "and padding cannot be told apart"
+            )
+        call = Heard(inputs.shape[0], inputs.shape[1], given.get("attention_mask"), given.get("position_ids"))
+        if self.outer is None or self.outer() in (None, module):
+            self.outer, self.heard = weakref.ref(module), call
+        else:
+            call = _inner(call, self.heard, type(module).__name__)
+            if all(a is b for a, b in zip(call, self.heard, strict=True)):
+                return
+            self.heard = call
+        getattr(cache, self.tell)(*call)
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple, out) -> None:
+        """The outermost call ended, or failed: what it announced and nobody stored is no longer expected."""
+        if self.outer is not None and self.outer() is module:
+            self.outer, self.heard, cache = None, Heard(0, 0, None, None), self.cache()
+            if cache is not None and self.done:
+                getattr(cache, self.done)(out is not None)
+
+
+def watch(model: nn.Module, cache, tell: str, done: str | None = None):
+    """Before each forward that is given `cache`, call its method `tell(batch, slots, attention_mask, position_ids)`,
+    and after it `done(returned)`, False where it failed.
+
+    Whichever module of `model` is called, by whichever wrapper: a call inside another, of a text model by the one that
+    holds it, tells again where it says more: another mask (batch, tokens), positions, or other tokens. Modules that a
+    model builds the mask of its attention in before they are called, four-dimensional, say nothing of padding; what
+    the call around them said stands. Holds neither model nor cache alive. Returns the function that removes the hooks;
+    they also go when the cache does.
+    """
+    ears = Ears(model, cache, tell, done)
+    weakref.finalize(cache, ears.close)
+    return ears.close
+
+
+def calling() -> str | None:
+    """The class of the module whose forward runs now, or None where no module runs."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            return type(caller).__name__
+        frame = frame.f_back
+    return None
+
+
+def _takes_tokens_and_cache(cls: type[nn.Module]) -> bool:
+    names = set(inspect.signature(cls.forward).parameters)
+    return not names.isdisjoint(INPUTS) and not names.isdisjoint(CACHE_NAMES)
+
+
+def _inner(call: Heard, around: Heard, name: str) -> Heard:
+    """What a call says together with the call around it."""
+    whole = isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.mask.shape[1] >= call.slots
+    mask = call.mask if whole else around.mask
+    if mask is not call.mask and (call.batch, call.slots) != (around.batch, around.slots):
+        raise ValueError(
+            f"{name} was called with {call.batch} x {call.slots} tokens inside a call with {around.batch} x "
+            f"{around.slots} and the mask of those: its padding is not known; pass it a mask (batch, tokens)"
+        )
+    plain = isinstance(call.positions, Tensor) and call.positions.dim() == 2
+    return Heard(call.batch, call.slots, mask, call.positions if plain else around.positions)
