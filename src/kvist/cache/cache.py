@@ -81,7 +81,7 @@ class Cache(TransformersCache):
 
     def _listen(self, model) -> None:
         self._model = weakref.ref(model)
-        self.close = watch(model, self, "announce", "finish")
+        self.close = watch(model, self, "hear", "finish")
 
     @property
     def ours(self) -> list[Layer]:
@@ -105,15 +105,22 @@ class Cache(TransformersCache):
             if getattr(old, "record_past", False):
                 self.layers[i].activate_past_recording()
 
+    def hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        """A forward of the model begins. Called by the hook; `announce` says the same of what no module computes."""
+        self._check_whole()
+        marks = {i: foreign.mark(layer) for i, _, layer in self.others}
+        begun = foreign.Mark(self.ours[0].slots, self.upcoming, marks)
+        self.announce(batch, slots, mask, positions)
+        self._begun = begun
+
     def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """What the coming forward brings: slots per row, which are tokens (B, past + slots), None for all, and their
         positions (1 or B, slots), None for the numbers of the slots.
 
-        Called by the hook. The mask must agree with what is stored for the slots before.
+        The mask must agree with what is stored for the slots before.
         """
         if self.steps is not None:
             return  # planned already
-        self._check_whole()
         past = self.ours[0].slots
         self.rows.crop(past)
         self.rows.check(batch)
@@ -136,11 +143,10 @@ class Cache(TransformersCache):
                 self._note(~real.all())
                 real = None
         self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
-        self._begun = foreign.Mark(past, self.upcoming, {i: foreign.mark(layer) for i, _, layer in self.others})
         self.upcoming = self._next(batch, slots, positions)
 
     def finish(self, returned: bool) -> None:
-        """The forward that was announced is over. Called by the hook. ValueError where it returned and stored nothing."""
+        """The forward that was heard is over. Called by the hook. ValueError where it returned and stored nothing."""
         expected, name = self.rows.slots, self.describes.name
         self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
         if not returned or self.steps is not None:
@@ -149,8 +155,8 @@ class Cache(TransformersCache):
         missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < expected]
         if missed:
             self._spoilt = (
-                f"{name} stored nothing in layer {missed[0]}, which by its config attends to the whole text: kvist does "
-                "not know this family; use transformers' own cache"
+                f"{name} stored nothing in layer {missed[0]}, which by its config attends to the whole text: kvist "
+                "does not know this family; use transformers' own cache"
             )
             raise ValueError(self._spoilt)
 
@@ -273,8 +279,8 @@ class Cache(TransformersCache):
         for i, kind, layer in changed:
             if reason := foreign.why_not_mended(layer, kind, held):
                 self._spoilt = (
-                    f"a forward was interrupted after it had changed layer {i} ({kind}), which cannot go back: {reason}; "
-                    "reset() this cache and read the text again, or load a saved one"
+                    f"a forward was interrupted after it had changed layer {i} ({kind}), which cannot go back, "
+                    f"{reason}; reset() this cache and read the text again, or load a saved one"
                 )
                 raise ValueError(self._spoilt)
         for _, kind, layer in changed:
@@ -288,7 +294,7 @@ class Cache(TransformersCache):
         self._begun = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last k slots: crop(-k). ValueError, with nothing changed, where a layer that is not ours cannot."""
+        """Remove the last k slots: crop(-k). ValueError, with nothing changed, where a layer not ours cannot."""
         self._free()
         remove, held = -int(tokens_to_remove), self.ours[0].slots  # assisted decoding of 5.17 gives a tensor
         if remove < 0:
