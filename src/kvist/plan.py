@@ -5,6 +5,7 @@ checked to the byte.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -131,6 +132,9 @@ class LayerPlan(Part):
         return room if pages <= room else ladder(pages, TABLE_STEP)
 
 
+Shapes = Geometry | Sequence[Geometry]  # one for all layers, or one of each
+
+
 class Recipe(Part):
     """A method with its settings: one plan for all layers, or one per attention layer that kvist serves. `model`: what
     it was fitted to, if it was."""
@@ -176,11 +180,13 @@ class Recipe(Part):
             )
         return self.layers
 
-    def bill(self, shape: Geometry, layers: int, length: int, batch: int = 1, reserve: int = 0) -> Counter:
-        """Bytes allocated, by item, after a prompt of `length` tokens per row, over all layers."""
+    def bill(self, shape: Shapes, layers: int, length: int, batch: int = 1, reserve: int = 0) -> Counter:
+        """Bytes allocated, by item, after a prompt of `length` tokens per row, over all layers. shape: of each layer,
+        or one for all."""
         total: Counter = Counter()
-        for plan in self.for_layers(layers):
-            total += plan.bill(shape, self.page, length, batch, reserve)
+        shapes = [shape] * layers if isinstance(shape, Geometry) else shape
+        for plan, own in zip(self.for_layers(layers), shapes, strict=True):
+            total += plan.bill(own, self.page, length, batch, reserve)
         return total
 
     def bits_per_element(self, shape: Geometry, layers: int, length: int, reserved: bool = True) -> float:

@@ -93,7 +93,7 @@ def test_keys_of_another_shape(cache):
 def test_layers_out_of_step(cache):
     keys = torch.randn(1, 2, 5, 32)
     cache.update(keys, keys, 0)
-    with pytest.raises(RuntimeError, match="out of step"):
+    with pytest.raises(ValueError, match="out of step"):
         cache.update(torch.randn(1, 2, 3, 32), torch.randn(1, 2, 3, 32), 1)
 
 

@@ -134,11 +134,11 @@ def test_at_once_is_streamed():
 
 
 def test_bits_are_measured():
-    shape = describe(tiny_llama()).shape
+    facts = describe(tiny_llama())
     cache = kvist.Cache(tiny_llama(), "kivi:2", reserve=200)
     tiny_llama()(TEXT.windows, **cache_argument(cache))
-    assert bits(cache, shape, 2) == pytest.approx(8 * cache.report().nbytes / (2 * 2 * 200 * 2 * 64))
-    assert cache.report().nbytes == parse("kivi:2").bill(shape, 2, 200, 2, 200).total()
+    assert bits(cache, facts, 2) == pytest.approx(8 * cache.report().nbytes / (2 * 2 * 200 * 2 * 64))
+    assert cache.report().nbytes == parse("kivi:2").bill(facts.shapes, 2, 200, 2, 200).total()
 
 
 def test_quantized_cache_is_named_as_what_it_is():

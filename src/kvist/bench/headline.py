@@ -60,7 +60,7 @@ def fitting(recipe: Recipe, model_config, tokens: int, limit: int) -> int:
         model = outline(model_config, torch.float16)
     known, weights = describe(model), nbytes(model)
     while tokens > 1 << 16:
-        total = recipe.bill(known.shape, len(known.served), tokens, 1, tokens + STEPS + WARM).total()
+        total = recipe.bill(known.shapes, len(known.served), tokens, 1, tokens + STEPS + WARM).total()
         if total + weights + ROOM <= limit:
             return tokens
         tokens -= 1 << 16

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin
 
-from kvist.cache import report
+from kvist.cache import foreign, report
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.methods import resolve
@@ -63,10 +64,8 @@ class Cache(TransformersCache):
         self.rows = Rows()
         plans = iter(recipe.for_layers(len(self.describes.served)))
         layers: list = [
-            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows)
-            if kind == SERVED
-            else compat.own_layer(kind, arguments)
-            for kind, arguments in zip(self.describes.kinds, self.describes.arguments, strict=True)
+            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows) if kind == SERVED else self._foreign(i)
+            for i, kind in enumerate(self.describes.kinds)
         ]
         super().__init__(layers=layers)
         for layer in self.ours:
@@ -74,6 +73,8 @@ class Cache(TransformersCache):
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `captured`
         self.upcoming: list[int] = []  # the position of each row's next token
+        self._begun: foreign.Mark | None = None  # while a forward runs, and after one that did not finish
+        self._spoilt = ""  # why the cache cannot go on
         self._listen(model)
 
     def _check_fit(self, model) -> None:
@@ -96,18 +97,43 @@ class Cache(TransformersCache):
 
     def _listen(self, model) -> None:
         self._model = weakref.ref(model)
-        self.close = watch(model, self, "announce", "_forget_the_unstored")
+        self.close = watch(model, self, "hear", "finish")
 
     @property
     def ours(self) -> list[Layer]:
         """The layers that kvist stores."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
+    @property
+    def others(self) -> list[tuple[int, str, CacheLayerMixin]]:
+        """Number, kind and layer of those that transformers' own cache serves."""
+        kinds = enumerate(zip(self.describes.kinds, self.layers, strict=True))
+        return [(i, kind, layer) for i, (kind, layer) in kinds if kind != SERVED]
+
+    def _foreign(self, i: int):
+        """A new layer of transformers' own for layer i."""
+        return compat.own_layer(self.describes.kinds[i], self.describes.arguments[i])
+
+    def _renew(self) -> None:
+        """Put new layers in place of those that are not ours: what these do to forget is not always enough."""
+        for i, _, old in self.others:
+            self.layers[i] = self._foreign(i)
+            if getattr(old, "record_past", False):
+                self.layers[i].activate_past_recording()
+
+    def hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        """A forward of the model begins. Called by the hook; `announce` says the same of what no module computes."""
+        self._check_whole()
+        marks = {i: foreign.mark(layer) for i, _, layer in self.others}
+        begun = foreign.Mark(self.ours[0].slots, self.upcoming, marks)
+        self.announce(batch, slots, mask, positions)
+        self._begun = begun
+
     def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """What the coming forward brings: slots per row, which are tokens (B, past + slots), None for all, and their
         positions (1 or B, slots), None for the numbers of the slots.
 
-        Called by the hook. The mask must agree with what is stored for the slots before.
+        The mask must agree with what is stored for the slots before.
         """
         if self.steps is not None:
             return  # planned already
@@ -135,8 +161,37 @@ class Cache(TransformersCache):
         self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
         self.upcoming = self._next(batch, slots, positions)
 
-    def _forget_the_unstored(self) -> None:
-        self.rows.crop(self.ours[0].slots)
+    def finish(self, returned: bool) -> None:
+        """The forward that was heard is over. Called by the hook. ValueError where it returned and stored nothing."""
+        expected, name = self.rows.slots, self.describes.name
+        self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
+        if not returned or self.steps is not None:
+            return
+        self._begun = None
+        missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < expected]
+        if missed:
+            self._spoilt = (
+                f"{name} stored nothing in layer {missed[0]}, which by its config attends to the whole text: kvist "
+                "does not know this family; use transformers' own cache"
+            )
+            raise ValueError(self._spoilt)
+
+    def _check_whole(self) -> None:
+        """Refuse to go on where an earlier forward stopped half-way."""
+        if self._spoilt:
+            raise ValueError(self._spoilt)
+        if self._begun is not None and (self._changed() or any(x.slots != self._begun.slots for x in self.ours)):
+            raise ValueError(
+                "an earlier forward with this cache did not finish, so that its layers are out of step; call mend()"
+            )
+
+    def _changed(self) -> list[tuple[int, str, CacheLayerMixin]]:
+        """Of the layers that are not ours, those that hold something else than when the last forward began. Where that
+        was not heard: all that hold something, and do not count as many slots as the shortest of ours."""
+        if self._begun is None:
+            held = min(layer.slots for layer in self.ours)
+            return [other for other in self.others if foreign.held(other[2]) and foreign.seen(other[2]) != held]
+        return [(i, kind, layer) for i, kind, layer in self.others if foreign.mark(layer) != self._begun.layers[i]]
 
     def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
         """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
@@ -191,6 +246,10 @@ class Cache(TransformersCache):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx >= len(self.describes.kinds):
+            raise ValueError(
+                f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
+            )
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
         if self.steps is not None and isinstance(layer, Layer):
             return self.steps.update(layer, key_states, value_states)
@@ -204,56 +263,95 @@ class Cache(TransformersCache):
                 )
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
-            raise RuntimeError("layers of the cache are out of step, probably after a forward that failed; call mend()")
+            raise ValueError("layers of the cache are out of step, probably after a forward that failed; call mend()")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
         self._free()
-        super().reset()
+        for layer in self.ours:
+            layer.reset()
+        self._renew()
         self.rows.runs, self.rows.slots, self._odd_step, self.upcoming = [], 0, None, []
+        self._begun, self._spoilt = None, ""
 
     def _free(self) -> None:
         if self.steps is not None:
             raise ValueError("decode steps of this cache are captured: close() them before other calls")
 
     def mend(self) -> None:
-        """After a forward that was interrupted: forget what only some of the layers were given."""
+        """After a forward that was interrupted: forget what only some of the layers were given.
+
+        Layers that are not ours may have dropped what they held before. ValueError then, with nothing changed, and the
+        cache is of no use until `reset()`.
+        """
         self._free()
-        held = min(layer.slots for layer in self.ours)
+        if self._spoilt:
+            raise ValueError(self._spoilt)
+        slots = [layer.slots for layer in self.ours]
+        held = min(slots) if self._begun is None else self._begun.slots
+        if self._begun is None and max(slots) == held:
+            return  # no forward began, or it was not heard and reached every layer
+        changed = self._changed() if held else []
+        for i, kind, layer in changed:
+            if reason := foreign.why_not_mended(layer, kind, held):
+                self._spoilt = (
+                    f"a forward was interrupted after it had changed layer {i} ({kind}), which cannot go back, "
+                    f"{reason}; reset() this cache and read the text again, or load a saved one"
+                )
+                raise ValueError(self._spoilt)
+        for _, kind, layer in changed:
+            foreign.crop(layer, kind, layer.get_seq_length() - held)
         for layer in self.ours:
             layer.crop(held - layer.slots)
+        if not held:
+            self._renew()
         self.rows.crop(held)
+        self.upcoming = self._begun.upcoming if self._begun else self.upcoming
+        self._begun = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last k slots: crop(-k)."""
+        """Remove the last k slots: crop(-k). ValueError, with nothing changed, where a layer not ours cannot."""
         self._free()
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop(-k) removes the last k tokens; found {tokens_to_remove}")
-        super().crop(tokens_to_remove)
+        remove, held = -int(tokens_to_remove), self.ours[0].slots  # assisted decoding of 5.17 gives a tensor
+        if remove < 0:
+            raise ValueError(f"crop(-k) removes the last k tokens; found {-remove}")
+        self._check_whole()
+        for i, kind, layer in self.others:
+            if reason := foreign.why_not_cropped(layer, kind, remove, held):
+                raise ValueError(
+                    f"the last {remove} tokens cannot be removed: layer {i} ({kind}) cannot go back, {reason}; reset() "
+                    "this cache and read the text again"
+                )
+        for layer in self.ours:
+            layer.crop(-remove)
+        if remove >= held > 0:
+            self._renew()
+        else:
+            for _, kind, layer in self.others:
+                foreign.crop(layer, kind, remove)
         self.rows.crop(self.ours[0].slots)
-        self.upcoming = [position + tokens_to_remove for position in self.upcoming]
+        self.upcoming = [position - remove for position in self.upcoming]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._free()
-        super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._free()
-        super().batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._free()
-        super().batch_repeat_interleave(repeats)
         self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
     def _select(self, indices: Tensor) -> None:
-        if self.rows.runs:
-            order = indices.tolist()
-            self.rows.select(order)
-            self.upcoming = [self.upcoming[row] for row in order] if self.upcoming else []
+        """Row i of every layer becomes what row indices[i] was."""
+        self._free()
+        if not self.rows.runs:
+            return
+        self._check_whole()
+        for layer in self.layers:
+            layer.reorder_cache(indices)
+        order = indices.tolist()
+        self.rows.select(order)
+        self.upcoming = [self.upcoming[row] for row in order] if self.upcoming else []
 
     def report(self) -> report.Report:
         """Bytes used and allocated, itemised; bits per element; tokens packed and exact. Measured from the tensors."""
@@ -269,6 +367,7 @@ class Cache(TransformersCache):
         from kvist.cache.files import save
 
         self._check_steps()
+        self._check_whole()
         save(self, path)
 
     @classmethod
@@ -281,7 +380,8 @@ class Cache(TransformersCache):
     def __deepcopy__(self, memo: dict) -> "Cache":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        skipped = ("close", "_model")
+        skipped = ("close", "_model", "_begun")  # marks tell the tensors of this cache alone
+        twin._begun = None
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
         model = self._model()
         if model is None:

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvist.atomic import replacing
+from kvist.cache import foreign
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Run
 from kvist.cache.track import SlotMap, State, Track
 from kvist.plan import Recipe
 
-FORMAT = 2
+FORMAT = 3
 SAMPLE = 16  # numbers of each weight that go into the fingerprint
 
 
@@ -105,9 +106,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
-    if not isinstance(layer, Layer):  # transformers' own layer: its tensors, and the plain numbers beside them
-        tensors |= {prefix + k: v for k, v in vars(layer).items() if isinstance(v, Tensor)}
-        return {k: v for k, v in vars(layer).items() if isinstance(v, bool | int | float)}
+    if not isinstance(layer, Layer):  # transformers' own layer
+        saved, found = foreign.save(layer)
+        tensors |= {prefix + name: tensor for name, tensor in found.items()}
+        return saved
     if not layer.is_initialized:
         return {"empty": True}
     state = {
@@ -149,11 +151,7 @@ def _save_track(track: Track, behind: list[int], prefix: str, tensors: dict[str,
 
 def _load_layer(layer, state: dict, tensors: dict[str, Tensor], model) -> None:
     if not isinstance(layer, Layer):
-        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-        if "keys" in tensors:
-            layer.lazy_initialization(tensors["keys"], tensors["values"])
-        vars(layer).update(state | tensors)
-        return
+        return foreign.load(layer, state, tensors, model.device)
     if state.get("empty"):
         return
     heads, key_dim, value_dim, dtype = state["shape"]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from kvist.cache import foreign
 from kvist.cache.layer import Layer
 from kvist.cache.track import Track
 
@@ -84,12 +85,11 @@ def measure(recipe: str, layers: list) -> Report:
             allocated["tables"] += skip.nbytes
             used["tables"] += skip.nbytes
     for layer in layers:
-        if not isinstance(layer, Layer) and getattr(layer, "keys", None) is not None:
-            nbytes = layer.keys.nbytes + layer.values.nbytes
-            used["other"] += nbytes
-            allocated["other"] += nbytes
-            elements += layer.keys.numel() + layer.values.numel()
-            exact_bytes += 2 * (layer.keys.numel() + layer.values.numel())
+        for tensor in () if isinstance(layer, Layer) else foreign.held(layer):
+            used["other"] += tensor.nbytes
+            allocated["other"] += tensor.nbytes
+            elements += tensor.numel()
+            exact_bytes += 2 * tensor.numel()
     tokens = max((sum(layer.lengths) for layer in ours), default=0)
     n = max(1, len(ours))
     clipped = sum(int(track.clipped) for layer in ours for track in layer.tracks)

@@ -1,6 +1,7 @@
 """`kvist inspect`: what kvist would do with a model, from its config alone."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -30,18 +31,18 @@ def inspect(
     recipes = [parse(text) for text in method or ["kivi:2"]]
     outlined = outline(model)
     described = describe(outlined)
-    shape = described.shape
-    token = len(described.served) * shape.heads * (shape.key_dim + shape.value_dim)
+    shapes = described.shapes
+    token = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes)
     data = {
         "model": model,
         "family": described.name,
         "layers": len(described.kinds),
         "served": described.served,
         "not_served": _others(described.kinds, described.served),
-        "query_heads": described.query_heads,
-        "kv_heads": shape.heads,
-        "head_sizes": [shape.key_dim, shape.value_dim],
-        "dtype": str(shape.dtype).removeprefix("torch."),
+        "query_heads": _one(described.queries),
+        "kv_heads": _one([shape.heads for shape in shapes]),
+        "head_sizes": _one([[shape.key_dim, shape.value_dim] for shape in shapes]),
+        "dtype": str(shapes[0].dtype).removeprefix("torch."),
         "rotary": described.rotary,
         "attention": outlined.config._attn_implementation,
         "attach": _attaches(outlined),
@@ -56,12 +57,15 @@ def inspect(
 
 def _others(kinds: tuple[str, ...], served: list[int]) -> dict[str, dict]:
     """Layers that keep transformers' own cache, by kind, with the reason."""
+    from kvist.models.adapter import reason
+
     counts = Counter(kind for i, kind in enumerate(kinds) if i not in served)
-    reasons = {"sliding_attention": "its window bounds its cache", "chunked_attention": "its chunk bounds its cache"}
-    return {
-        kind: {"layers": n, "why": reasons.get(kind, "it keeps no keys and values per token")}
-        for kind, n in counts.items()
-    }
+    return {kind: {"layers": n, "why": reason(kind)} for kind, n in counts.items()}
+
+
+def _one(facts: Sequence):
+    """A fact of all layers, or those of each where they differ."""
+    return facts[0] if all(fact == facts[0] for fact in facts) else list(facts)
 
 
 def _attaches(model) -> str:
@@ -80,10 +84,10 @@ def _attaches(model) -> str:
 def _method(recipe, described, token: int, device: str) -> dict:
     plans = recipe.for_layers(len(described.served))
     length = LENGTHS["32K"]
-    bills = {k: recipe.bill(described.shape, len(plans), n, reserve=n).total() for k, n in LENGTHS.items()}
-    for plan in plans:
-        for side, dim in zip(plan.sides, (described.shape.key_dim, described.shape.value_dim), strict=True):
-            side.codec.layout(described.shape.heads, dim, described.shape.dtype)
+    bills = {k: recipe.bill(described.shapes, len(plans), n, reserve=n).total() for k, n in LENGTHS.items()}
+    for plan, shape in zip(plans, described.shapes, strict=True):
+        for side, dim in zip(plan.sides, (shape.key_dim, shape.value_dim), strict=True):
+            side.codec.layout(shape.heads, dim, shape.dtype)
     return {
         "method": recipe.name,
         "sentence": str(recipe),
@@ -125,9 +129,12 @@ def _kernel(plans, described, device: str) -> str:
     traits = [(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans]
     if place.type == "cpu":
         return _answer([packed_attention(*given) for given in traits], "layers")
-    dims, rows = (described.shape.key_dim, described.shape.value_dim), described.query_heads // described.shape.heads
-    steps = zip(traits, plans, strict=True)
-    return _answer([decode_attention(*given, dims, rows, plan.pinned) for given, plan in steps], "layers")
+    steps = zip(traits, plans, described.shapes, described.queries, strict=True)
+    found = [
+        decode_attention(*given, (shape.key_dim, shape.value_dim), queries // shape.heads, plan.pinned)
+        for given, plan, shape, queries in steps
+    ]
+    return _answer(found, "layers")
 
 
 def _capture(plans, device: str) -> str:
@@ -195,6 +202,13 @@ def _facts(method: dict) -> dict[str, str]:
     return facts
 
 
+def _sizes(found: list) -> str:
+    """Head sizes of keys and values in words, of layers that differ one after the other."""
+    if isinstance(found[0], int):
+        return f"{found[0]} keys, {found[1]} values"
+    return "; ".join(f"{n} layers: {_sizes(list(pair))}" for pair, n in Counter(map(tuple, found)).items())
+
+
 def _print(data: dict) -> None:
     facts = {
         "family": data["family"],
@@ -204,7 +218,7 @@ def _print(data: dict) -> None:
             for kind, o in data["not_served"].items()
         },
         "heads": f"{data['query_heads']} query, {data['kv_heads']} KV",
-        "head size": f"{data['head_sizes'][0]} keys, {data['head_sizes'][1]} values",
+        "head size": _sizes(data["head_sizes"]),
         "dtype": data["dtype"],
         "rotary": data["rotary"],
         "attention": f"{data['attention']}; {data['attach']}",

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.demo.documents import Document
-from kvist.evaluate.contenders import fill
+from kvist.evaluate.contenders import State, fill
 from kvist.evaluate.generation import forward, states_of
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
@@ -72,14 +72,14 @@ def measure(
     return results
 
 
-def _prompt(model, document: Document) -> list[tuple[Tensor, Tensor]]:
+def _prompt(model, document: Document) -> list[State]:
     """Keys and values of a document, per layer, as the model computes them."""
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), **cache_argument(cache), logits_to_keep=1)
     return states_of(cache)
 
 
-def _filled(model, recipe: Recipe, document: Document, prompt: list[tuple[Tensor, Tensor]]) -> Cache:
+def _filled(model, recipe: Recipe, document: Document, prompt: list[State]) -> Cache:
     cache = Cache(model, recipe, reserve=len(document.ids) + ROOM)
     fill(cache, prompt, None)
     return cache

@@ -9,18 +9,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import QuantizedCache
+from transformers.cache_utils import CacheLayerMixin, QuantizedCache
 
 from kvist.cache.cache import Cache
 from kvist.cache.report import held
 from kvist.coding import Codec, Grouping, Raw
 from kvist.evaluate.results import described, digest_of
 from kvist.methods import parse
-from kvist.models.adapter import describe
+from kvist.models.adapter import Model, describe
 from kvist.models.inject import rounded
 from kvist.plan import Recipe
-from kvist.types import Geometry
 
+State = tuple[Tensor, Tensor] | CacheLayerMixin  # of a layer: keys and values (B, H, T, D), or what else it keeps
 Part = Literal["both", "keys", "values"]
 PARTS: tuple[Part, ...] = ("both", "keys", "values")
 BACKENDS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
@@ -125,23 +125,37 @@ def one_side(recipe: Recipe, part: Part) -> Recipe:
     return recipe.model_copy(update={"layers": tuple(layers)})
 
 
-def fill(cache: TransformersCache, prompt: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
-    """Give an empty cache the keys and values (B, H, T, D) of a prompt, per layer, as one forward would; mask int64
-    (B, T), 0 for padding, or None."""
+def cut(prompt: Sequence[State], tokens: int) -> list[State]:
+    """The first tokens of a prompt. ValueError where a layer keeps something else than keys and values of each."""
+    strange = next((type(state).__name__ for state in prompt if not isinstance(state, tuple)), None)
+    if strange:
+        raise ValueError(
+            "this task reads the beginning of what a prompt left in the cache, and a layer of this model "
+            f"(transformers' {strange}) keeps the end alone; take another task, as fidelity or passkey"
+        )
+    return [(state[0][:, :, :tokens], state[1][:, :, :tokens]) for state in prompt if isinstance(state, tuple)]
+
+
+def fill(cache: TransformersCache, prompt: Sequence[State], mask: Tensor | None) -> None:
+    """Give an empty cache what a prompt left in each layer, as one forward would: keys and values (B, H, T, D), or a
+    copy of a layer of another kind; mask int64 (B, T), 0 for padding, or None."""
     if isinstance(cache, Cache):
-        batch, length = prompt[0][0].shape[0], prompt[0][0].shape[2]
+        batch, _, length, _ = next(state[0].shape for state in prompt if isinstance(state, tuple))
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
         cache.announce(batch, length, mask, positions)
-    for i, (keys, values) in enumerate(prompt):
-        cache.update(keys, values, i)
+    for i, state in enumerate(prompt):
+        if isinstance(state, tuple):
+            cache.update(*state, i)
+        else:
+            cache.layers[i] = copy.deepcopy(state)
 
 
-def bits(cache: TransformersCache, shape: Geometry, batch: int) -> float:
-    """Allocated bits per cached number of layers of this shape, measured from the tensors that a cache holds."""
+def bits(cache: TransformersCache, facts: Model, batch: int) -> float:
+    """Allocated bits per cached number of a model's layers, measured from the tensors that a cache holds."""
     if isinstance(cache, Cache):
         return cache.report().bits_per_element
     tokens = batch * sum(cache.get_seq_length(i) for i in range(len(cache.layers)))
-    return 8 * held(cache) / (tokens * shape.heads * (shape.key_dim + shape.value_dim))
+    return 8 * held(cache) / (tokens * facts.shape.heads * (facts.shape.key_dim + facts.shape.value_dim))
 
 
 def packed(cache: TransformersCache) -> bool:

@@ -1,6 +1,5 @@
 """Are the ports faithful? Checks that come before any comparison of methods is believed."""
 
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +18,15 @@ def gates(model, windows: Tensor) -> list[dict]:
     """Each check in words, whether it holds, and what was found, on windows (n, T) of a text."""
     cache, mask = DynamicCache(config=model.config), torch.ones_like(windows)
     read(model, cache, windows, mask, windows.shape[1])
-    states = states_of(cache)
+    states = {i: state for i, state in enumerate(states_of(cache)) if isinstance(state, tuple)}
     return [streamed(model, states, name) for name in STREAMED]
 
 
-def streamed(model, states: Sequence[tuple[Tensor, Tensor]], method: str) -> dict:
+def streamed(model, states: dict[int, tuple[Tensor, Tensor]], method: str) -> dict:
     """The same keys and values, given at once or in pieces, are stored as the same numbers: of the tokens that are
     packed in both, the decoded values are compared bit by bit."""
-    at_once, different, compared = _stored(model, states, method, states[0][0].shape[2]), 0, 0
+    length = next(iter(states.values()))[0].shape[2]
+    at_once, different, compared = _stored(model, states, method, length), 0, 0
     for piece in PIECES:
         pieces = _stored(model, states, method, piece)
         for one, other in zip(at_once, pieces, strict=True):
@@ -43,12 +43,12 @@ def streamed(model, states: Sequence[tuple[Tensor, Tensor]], method: str) -> dic
 
 def _stored(model, states, method: str, piece: int) -> list[Tensor]:
     """Decoded packed tokens (B, H, T, D) of keys and of values of all layers, after updates of `piece` tokens."""
-    batch, _, length, _ = states[0][0].shape
+    batch, _, length, _ = next(iter(states.values()))[0].shape
     cache, found = Cache(model, method, reserve=length), []
     for start in range(0, length, piece):
         part = slice(start, min(start + piece, length))
         cache.announce(batch, part.stop - part.start, None)
-        for i, (keys, values) in enumerate(states):
+        for i, (keys, values) in states.items():
             cache.update(keys[:, :, part], values[:, :, part], i)
     for layer in cache.ours:
         for track in layer.tracks:

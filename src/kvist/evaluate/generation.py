@@ -6,6 +6,7 @@ follows is a second update, and sees what is stored. Under prefill "stored" each
 chunks.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import DynamicLayer
 
 from kvist.attention import attach
 from kvist.cache.cache import Cache
-from kvist.evaluate.contenders import Contender, bits, fill
+from kvist.evaluate.contenders import Contender, State, bits, fill
 from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 
@@ -45,12 +47,12 @@ class Answers(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A batch of prompts on the left of its tensors: ids and mask int64 (B, T); keys and values of all layers where
+    """A batch of prompts on the left of its tensors: ids and mask int64 (B, T); what every layer holds where
     they are the same for all contenders."""
 
     ids: Tensor
     mask: Tensor
-    states: list[tuple[Tensor, Tensor]] | None
+    states: list[State] | None
 
 
 @torch.no_grad()
@@ -74,9 +76,11 @@ def generate(
         yield _answers(model, tokenizer, i, contender, prompts, Read(ids, mask, states), prefill, chunk)
 
 
-def states_of(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (B, H, T, D) per layer."""
-    return [(torch.as_tensor(keys), torch.as_tensor(values)) for keys, values, *_ in cache]
+def states_of(cache: DynamicCache) -> list[State]:
+    """What each layer holds: keys and values (B, H, T, D) of full attention; a copy of a layer of another kind."""
+    full = [type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers]
+    pairs = zip(full, cache.layers, strict=True)
+    return [(layer.keys, layer.values) if whole else copy.deepcopy(layer) for whole, layer in pairs]
 
 
 def read(model, cache: TransformersCache, ids: Tensor, mask: Tensor, chunk: int, keep: int = 1) -> Tensor:
@@ -126,7 +130,7 @@ def _answers(model, tokenizer, i: int, contender: Contender, prompts, read_: Rea
             read(model, cache, read_.ids, read_.mask, chunk)
         else:
             fill(cache, read_.states, whole(read_.mask))
-        size = bits(cache, describe(model).shape, len(prompts))
+        size = bits(cache, describe(model), len(prompts))
         began = time.perf_counter()
         texts = _decode(model, tokenizer, cache, read_.mask, prompts)
     return Answers(i, size, time.perf_counter() - began, texts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvist.evaluate.contenders import Contender, fill
+from kvist.evaluate.contenders import Contender, State, cut, fill
 from kvist.evaluate.fidelity import BUCKET, Text, curve
 from kvist.evaluate.generation import forward, living, read, states_of, steps
 from kvist.evaluate.task import Measured
@@ -75,8 +75,8 @@ class Horizon:
             yield Measured(found.contender, found.bits, found.seconds + time.perf_counter() - began, values)
 
     @torch.no_grad()
-    def _states(self, model, known: Exact) -> list[tuple[Tensor, Tensor]]:
-        """Exact keys and values of whole windows."""
+    def _states(self, model, known: Exact) -> list[State]:
+        """What whole windows leave in each layer, exactly."""
         cache = DynamicCache(config=model.config)
         read(model, cache, known.ids, known.mask, self.chunk)
         return states_of(cache)
@@ -87,16 +87,16 @@ class Horizon:
         start = known.prompt + step
         ids, parts = known.ids[:, : start + self.probe], []
         with living(model, contender, ids.shape[1]) as cache:
-            fill(cache, [(keys[:, :, :start], values[:, :, :start]) for keys, values in states], None)
+            fill(cache, cut(states, start), None)
             for logits in steps(model, cache, ids, known.mask, start, self.step):
                 parts.append(compared(known, logits, start).kl)
                 start += logits.shape[1]
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def _written(self, model, known: Exact) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
-        """The first half of each window (B, P), its keys and values, and the text that the exact model writes behind
-        it (B, free), greedily."""
+    def _written(self, model, known: Exact) -> tuple[Tensor, list[State], Tensor]:
+        """The first half of each window (B, P), what it leaves in each layer, and the text that the exact model writes
+        behind it (B, free), greedily."""
         ids = known.ids[:, : known.ids.shape[1] // 2]
         cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
         read(model, cache, ids[:, :-1], mask[:, :-1], self.chunk)

@@ -75,4 +75,4 @@ class Nuisance:
         with living(model, contender, length) as cache:
             fill(cache, known.states, whole(known.mask[:, : known.prompt]))
             parts = list(steps(model, cache, known.ids, known.mask, known.prompt, self.step))
-            return torch.cat(parts, dim=1), bits(cache, describe(model).shape, batch)
+            return torch.cat(parts, dim=1), bits(cache, describe(model), batch)

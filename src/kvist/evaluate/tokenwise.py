@@ -6,7 +6,6 @@ in one update, where every query sees what the cache holds in the end. "simulate
 within one pass, as published tables are made: no window, no storage. These are different numbers, never mixed.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvist.evaluate.contenders import Contender, bits, fill, packed
+from kvist.evaluate.contenders import Contender, State, bits, fill, packed
 from kvist.evaluate.generation import forward, living, read, states_of, steps, whole
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
@@ -54,7 +53,7 @@ class Exact(NamedTuple):
     ids: Tensor
     mask: Tensor
     prompt: int
-    states: list[tuple[Tensor, Tensor]]
+    states: list[State]
     logits: Tensor
 
 
@@ -69,7 +68,7 @@ def exact(model, ids: Tensor, prompt: int = 0, chunk: int = 8192, padding: int =
         return Exact(ids, mask, 0, [], model(ids, use_cache=False).logits)
     cache, first = DynamicCache(config=model.config), prompt + padding
     read(model, cache, ids[:, :first], mask[:, :first], chunk)
-    states = states_of(copy.copy(cache))
+    states = states_of(cache)
     return Exact(ids, mask, first, states, forward(model, cache, ids[:, first:], mask))
 
 
@@ -102,7 +101,7 @@ def _stored(model, i: int, contender: Contender, known: Exact, step: int | None)
             parts.append(compared(known, logits, start))
             behind.append(torch.full((parts[-1].kl.shape[1],), packed(cache)))
             start += logits.shape[1]
-        size = bits(cache, describe(model).shape, batch)
+        size = bits(cache, describe(model), batch)
     return Scores(i, joined(parts), torch.cat(behind), size, time.perf_counter() - began)
 
 
@@ -155,11 +154,11 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
 def packed_bits(recipe: Recipe, facts: Model) -> float:
     """Bits per element of packed tokens, mean of keys and values, over all layers: pages alone, without windows, sinks
     and tables. What a cache's bits come down to as its length grows."""
-    shape, plans = facts.shape, recipe.for_layers(len(facts.served))
+    plans, shapes = recipe.for_layers(len(facts.served)), facts.shapes
     nbytes = sum(
         spec.page_bytes(shape.heads, recipe.page)
-        for plan in plans
+        for plan, shape in zip(plans, shapes, strict=True)
         for side, dim in zip(plan.sides, (shape.key_dim, shape.value_dim), strict=True)
         for spec in side.codec.layout(shape.heads, dim, shape.stored(plan.packs)).values()
     )
-    return 8 * nbytes / (len(plans) * recipe.page * shape.heads * (shape.key_dim + shape.value_dim))
+    return 8 * nbytes / (recipe.page * sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes))

@@ -29,7 +29,8 @@ def layer_types(config) -> tuple[list[str], list[dict]]:
 
 
 def own_layer(kind: str, arguments: dict):
-    """transformers' own dynamic cache layer for an attention type."""
+    """transformers' own dynamic cache layer for an attention type. A picture's keys are kept as a text's would be."""
+    kind = "full_attention" if kind == "cross_attention" else kind
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
 
 
@@ -39,3 +40,15 @@ def dequantized() -> dict:
 
     made = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": made(dequantize=True)} if made else {}
+
+
+def per_layer(config) -> list:
+    """The text config as each layer sees it: a layer may have sizes of its own."""
+    return list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+
+
+def takes_cache(model) -> bool:
+    """Whether a model's forward has a place for a cache, under either of its names; a wrapper may hide it."""
+    names = inspect.signature(model.forward).parameters
+    hidden = any(names[name].kind == inspect.Parameter.VAR_POSITIONAL for name in names)
+    return hidden or "cache" in names or "past_key_values" in names

@@ -71,12 +71,12 @@ class Ears:
         if self.outer is not None and self.outer() is module:
             self.outer, self.heard, cache = None, Heard(0, 0, None, None), self.cache()
             if cache is not None and self.done:
-                getattr(cache, self.done)()
+                getattr(cache, self.done)(out is not None)
 
 
 def watch(model: nn.Module, cache, tell: str, done: str | None = None):
     """Before each forward that is given `cache`, call its method `tell(batch, slots, attention_mask, position_ids)`,
-    and after it, whether or not it failed, `done()`.
+    and after it `done(returned)`, False where it failed.
 
     Whichever module of `model` is called, by whichever wrapper: a call inside another, of a text model by the one that
     holds it, tells again where it says more: another mask (batch, tokens), positions, or other tokens. Modules that a
