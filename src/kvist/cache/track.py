@@ -97,6 +97,7 @@ class Track:
     ):
         self.side, self.plan, self.dim, self.batch, self.reserve, self.rows = side, plan, dim, batch, reserve, rows
         self.rule, self.codec = side.retention, side.codec
+        self.codec.check(shape.heads, dim)
         specs = self.codec.layout(shape.heads, dim, shape.dtype) if plan.packs else {}
         self.pool = Pool(specs, shape.heads, page, device, batch)
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)

@@ -71,6 +71,25 @@ class Codec(Part):
         parts = {"a fitted table": self.levels, "fitted ranges": self.range, "a model's rotary": self.transform}
         return tuple(sorted(words for words, part in parts.items() if not getattr(part, "fitted", True)))
 
+    def check(self, heads: int, dim: int) -> None:
+        """Refuse numbers per channel that are not for `heads` heads of `dim`: compiled code reads them unchecked.
+        Raises ValueError. `encode`, `decode` and whoever makes storage ask this before anything is read."""
+        channels = heads * dim
+        if isinstance(self.range, Fixed) and len(self.range.low) != channels:
+            raise ValueError(
+                f"the recipe has fixed ranges of {len(self.range.low)} channels, the model {heads} KV heads of {dim}, "
+                f"{channels} channels: it was made for another model; calibrate for this one"
+            )
+        if isinstance(self.transform, Unrotate) and 2 * len(self.transform.frequencies) > dim:
+            raise ValueError(
+                f"the recipe turns {2 * len(self.transform.frequencies)} channels of each head by RoPE, the model's "
+                f"heads have {dim}: it was made for another model; calibrate for this one"
+            )
+        if self.unfitted:
+            raise ValueError(f"the recipe lacks {' and '.join(self.unfitted)}; calibrate first")
+        if not self.raw:
+            self.outliers.count(channels)
+
     @property
     def traits(self) -> Traits:
         """What a kernel needs to know."""
@@ -124,6 +143,7 @@ class Codec(Part):
         """
         if self.raw:
             return {"values": x}
+        self.check(x.shape[-3], x.shape[-1])
         x = self.transform.forward(x.float(), at)
         fast, _ = encoder(self.traits, x.device)
         return self._reference(x) if fast is None else fast(x, self.constants(x.shape[-3], x.device), self._slots(x))
@@ -170,6 +190,7 @@ class Codec(Part):
         if self.raw:
             return arrays["values"]
         codes = arrays["codes"]
+        self.check(codes.shape[-3], 8 * codes.shape[-1] // self.levels.bits)
         fast, _ = decoder(self.traits, codes.device)
         x = self._decoded(arrays) if fast is None else fast(arrays, self.constants(codes.shape[-3], codes.device))
         return self.transform.inverse(x, at) if inverse or not self.transform.fixed else x
