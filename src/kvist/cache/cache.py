@@ -18,6 +18,7 @@ from kvist.models.adapter import SERVED, describe
 from kvist.models.hooks import watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
+from kvist.types import MOST_TOKENS
 
 if TYPE_CHECKING:
     from kvist.cache.captured import Steps
@@ -42,8 +43,8 @@ class Cache(TransformersCache):
         recipe = resolve(method, **options)
         if prefill is not None:
             recipe = Recipe.model_validate(recipe.model_dump() | {"prefill": prefill})
-        if reserve < 0:
-            raise ValueError(f"reserve is a number of tokens, found {reserve}")
+        if not 0 <= reserve <= MOST_TOKENS:
+            raise ValueError(f"reserve is a number of tokens, at most {MOST_TOKENS}, found {reserve}")
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
         self._check_fit(model)
         self.rows = Rows()
@@ -264,6 +265,12 @@ class Cache(TransformersCache):
         else:
             twin._listen(model)
         return twin
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a kvist.Cache is not pickled, nor saved by torch.save, as it listens to its model: cache.save(path) writes "
+            "it, kvist.Cache.load(path, model) reads it, and copy.deepcopy copies it"
+        )
 
     def __repr__(self) -> str:
         return f"kvist.Cache({self.recipe.name!r}, {len(self.ours)} layers, {self.get_seq_length()} slots)"

@@ -13,10 +13,11 @@ from kvist.coding.ranges import Fixed, MinMax, Range
 from kvist.coding.transforms import Hadamard, Identity, Transform, Unrotate
 from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
 from kvist.kernels.choose import Constants, Traits, decoder, encoder
-from kvist.kernels.grid import narrow, normalise
+from kvist.kernels.grid import FLOAT16_MAX, narrow, normalise
 from kvist.types import ArraySpec, Part
 
 Arrays = dict[str, Tensor]
+STORED = ("scale", "offset", "outlier")  # in fp16
 
 
 class Normalised(NamedTuple):
@@ -183,6 +184,11 @@ class Codec(Part):
         scale, offset = self._affine(arrays, dim)
         u = normalise(entries, scale, offset).flatten(-3, -2)
         return Normalised(u, escaped, scale.expand_as(entries).flatten(-3, -2), arrays)
+
+    def saturated(self, arrays: Arrays) -> Tensor:
+        """How many scales, offsets and outliers lie at fp16's end, int64: values beyond it were clipped."""
+        ends = [(arrays[name].abs() == FLOAT16_MAX).sum() for name in STORED if name in arrays]
+        return torch.stack(ends).sum() if ends else torch.zeros((), dtype=torch.int64)
 
     def decode(self, arrays: Arrays, at: Tensor | None = None, *, inverse: bool = True) -> Tensor:
         """Arrays to values (..., H, T, D): fp32, or as stored where nothing was coded. Without `inverse` a fixed
