@@ -268,8 +268,8 @@ class Cache(TransformersCache):
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "a kvist.Cache is not pickled, nor saved by torch.save, as it listens to its model: cache.save(path) writes "
-            "it, kvist.Cache.load(path, model) reads it, and copy.deepcopy copies it"
+            "a kvist.Cache is not pickled, nor saved by torch.save, as it listens to its model: cache.save(path) "
+            "writes it, kvist.Cache.load(path, model) reads it, and copy.deepcopy copies it"
         )
 
     def __repr__(self) -> str:

@@ -62,8 +62,8 @@ class Report:
         if self.clipped:
             share = self.clipped / self.elements
             lines.append(
-                f"  {self.clipped} numbers ({share:.2g} of all) lay beyond their fixed range, or fp16's 65,504, and were "
-                "clipped"
+                f"  {self.clipped} numbers ({share:.2g} of all) lay beyond their fixed range, or fp16's 65,504, and "
+                "were clipped"
             )
         return "\n".join(lines)
 

@@ -103,7 +103,8 @@ class Track:
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
         self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, shape.dtype, device)
         self.states = [State() for _ in range(batch)]
-        self.clipped = torch.zeros(
+        # entries beyond a fixed range, without a slot; scales, offsets and outliers beyond fp16
+        self.clipped = torch.zeros((), dtype=torch.long, device=device)
             (), dtype=torch.long, device=device
         )  # entries beyond a fixed range, without a slot, and scales beyond fp16
 

@@ -1,5 +1,5 @@
-"""Every error is one sentence on stderr: what a user can mend (exit code 2), and what nobody foresaw (exit code 1), with
-its cause and the way out. `--debug`, anywhere in the line, shows the traceback instead."""
+"""Every error is one sentence on stderr, with its cause and the way out: what a user can mend (exit code 2), and what
+nobody foresaw (exit code 1). `--debug`, anywhere in the line, shows the traceback instead."""
 
 import sys
 import traceback

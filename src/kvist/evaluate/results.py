@@ -45,7 +45,7 @@ VALUES = {  # what a report reads, by name
         "kl_counts": dict[Annotated[str, Field(pattern=r"^-?\d{1,3}$")], PositiveInt],
         "kl_at_once": list[Annotated[list[Divergence], Field(min_length=3, max_length=3)]],
         "first_mismatch": NonNegativeInt,
-        **{name: Among for name in ("inside", "beyond", "last")},
+        **dict.fromkeys(("inside", "beyond", "last"), Among),
         **{f"kl_{name}": Divergence for name in ("padding", "batch", "chunk")},
         "length": PositiveInt,
         "depth": Annotated[float, Field(ge=0, le=1)] | None,
