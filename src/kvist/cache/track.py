@@ -105,8 +105,6 @@ class Track:
         self.states = [State() for _ in range(batch)]
         # entries beyond a fixed range, without a slot; scales, offsets and outliers beyond fp16
         self.clipped = torch.zeros((), dtype=torch.long, device=device)
-            (), dtype=torch.long, device=device
-        )  # entries beyond a fixed range, without a slot, and scales beyond fp16
 
     @property
     def frontiers(self) -> list[int]:
@@ -173,7 +171,7 @@ class Track:
             arrays = self.codec.encode(source[:, :, a:b], None if at is None else at[:, a:b])
             self.clipped += arrays.pop("clipped", 0)
             if source.dtype != torch.float16:  # whose own numbers all fit
-                self.clipped += self.codec.saturated(arrays).to(self.clipped.device)
+                self.clipped += self.codec.saturated(arrays)
             self.pool.write(rows, [slot + a for slot in slots], arrays)
 
     def _encode_straight(self, pack: Callable, rows: Sequence[int], source: Tensor, slots: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
@@ -18,6 +19,7 @@ from kvist.types import ArraySpec, Part
 
 Arrays = dict[str, Tensor]
 STORED = ("scale", "offset", "outlier")  # in fp16
+END = int(np.float16(FLOAT16_MAX).view(np.int16))
 
 
 class Normalised(NamedTuple):
@@ -185,10 +187,13 @@ class Codec(Part):
         u = normalise(entries, scale, offset).flatten(-3, -2)
         return Normalised(u, escaped, scale.expand_as(entries).flatten(-3, -2), arrays)
 
-    def saturated(self, arrays: Arrays) -> Tensor:
-        """How many scales, offsets and outliers lie at fp16's end, int64: values beyond it were clipped."""
-        ends = [(arrays[name].abs() == FLOAT16_MAX).sum() for name in STORED if name in arrays]
-        return torch.stack(ends).sum() if ends else torch.zeros((), dtype=torch.int64)
+    def saturated(self, arrays: Arrays) -> Tensor | int:
+        """How many scales, offsets and outliers lie at fp16's end: values beyond it were clipped. On an accelerator it
+        is not waited for."""
+        stored = [arrays[name] for name in STORED if name in arrays]
+        if stored and stored[0].device.type == "cpu":  # at every step: numpy starts in a tenth of the time
+            return sum(np.count_nonzero((x.numpy().view(np.int16) & 0x7FFF) == END) for x in stored)
+        return sum((x.abs() == FLOAT16_MAX).sum() for x in stored)
 
     def decode(self, arrays: Arrays, at: Tensor | None = None, *, inverse: bool = True) -> Tensor:
         """Arrays to values (..., H, T, D): fp32, or as stored where nothing was coded. Without `inverse` a fixed
