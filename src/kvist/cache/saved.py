@@ -20,6 +20,7 @@ from kvist.plan import Recipe, Side
 from kvist.types import MOST_TOKENS, Geometry, Part, Size
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+Slots = Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS)]  # padding among them
 Pairs = tuple[tuple[Count, Count], ...]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -40,7 +41,7 @@ class SavedLayer(Part):
     map as (position, slot)."""
 
     shape: tuple[Size, Size, Size, Literal["float32", "float16", "bfloat16", "float64"]]
-    slots: Count
+    slots: Slots
     updates: Count
     settled: StrictBool
     lengths: tuple[Count, ...] = Field(min_length=1)
@@ -61,7 +62,7 @@ class Header(Part):
     weights: str
     recipe: Recipe
     reserve: Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS)]
-    slots: Count
+    slots: Slots
     runs: tuple[tuple[tuple[Count, Count, Count, Count], ...], ...]
     layers: tuple[dict[str, Any], ...]
 
