@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # of libraries that transformers imports where 
     import transformers.cache_utils  # noqa: F401
 
 SEQUENCES = 2000  # of the state machine, over all its methods
+STRANGERS = 2000  # changed files, over all doors
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 _common = {"deadline": None, "suppress_health_check": _slow, "derandomize": True, "database": None}
@@ -38,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=int(os.environ.get("KVIST_SEQUENCES", SEQUENCES)),
         help="sequences that the state machine runs, over all methods; may be millions (also: KVIST_SEQUENCES)",
     )
+    parser.addoption(
+        "--strangers",
+        type=int,
+        default=int(os.environ.get("KVIST_STRANGERS", STRANGERS)),
+        help="changed files that are opened, over all doors; may be a million (also: KVIST_STRANGERS)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def sequences(request: pytest.FixtureRequest) -> int:
     """How many sequences the state machine is to run in all."""
     return request.config.getoption("--sequences")
+
+
+@pytest.fixture
+def strangers(request: pytest.FixtureRequest) -> int:
+    """How many changed files are opened in all."""
+    return request.config.getoption("--strangers")
 
 
 @pytest.fixture(autouse=True)

@@ -39,16 +39,16 @@ def test_the_file_is_for_people(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "Invalid JSON"),
-        ("[]", "object"),
+        ("{", "it is not JSON: Expecting property name"),
+        ("[]", r"expected named fields, found \[\]"),
         ('{"k": [2]}', "v: Field required"),
         ('{"k": [], "v": []}', "found 0 and 0"),
         ('{"k": [2, 3], "v": [2]}', "as many layers, found 2 and 1"),
         ('{"k": [3, 5], "v": [4, 2]}', r"bits must be one of \(1, 2, 3, 4, 8, 16\), found 5 in k of layer 1"),
-        ('{"k": [2.5], "v": [4]}', "k: 0: .*integer"),
-        ('{"k": [true], "v": [4]}', "k: 0: .*integer"),
-        ('{"k": [2], "v": ["4"]}', "v: 0: .*integer"),
-        ('{"k": [2], "v": [2],}', "Invalid JSON: trailing comma"),
+        ('{"k": [2.5], "v": [4]}', r"k\.0: .*integer"),
+        ('{"k": [true], "v": [4]}', r"k\.0: .*integer"),
+        ('{"k": [2], "v": ["4"]}', r"v\.0: .*integer"),
+        ('{"k": [2], "v": [2],}', "it is not JSON: .* line 1 column 21"),
         ('{"k": [2], "v": [2], "bits": 3}', "bits: Extra inputs"),
         ('{"k": [2], "v": [2], "ratios": "ours"}', "ratios: .*'paper' or 'reference'"),
         (json.dumps({"k": [2], "v": [2], "model": MODEL.model_dump()}), "m has 3 layers to serve, found 1 widths"),
@@ -57,14 +57,14 @@ def test_the_file_is_for_people(tmp_path):
 def test_a_file_that_is_no_allocation_is_refused_in_one_sentence(text, words, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"a.json is not an allocation such as .*{words}") as caught:
+    with pytest.raises(ValueError, match=f"allocation.*{words}") as caught:
         Allocation.load(path)
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    for name, reason in (("none.json", "No such file"), ("binary", "not text"), (".", "directory")):
+    for name, reason in (("none.json", "No such file"), ("binary", "not text"), (".", "a folder")):
         with pytest.raises(ValueError, match=f"expected an allocation's JSON file at .*{reason}"):
             Allocation.load(tmp_path / name)
 

@@ -138,7 +138,7 @@ def test_damaged_json(text, saved):
 
 def test_json_that_is_no_text(saved):
     (saved / JSON).write_bytes(b"\xff\xfe\x00")
-    assert "it is not JSON" in refused(saved)
+    assert "artifact.json: it is not text in UTF-8" in refused(saved)
 
 
 def test_every_byte_of_the_tensors_counts(saved):
@@ -152,18 +152,46 @@ def test_every_byte_of_the_tensors_counts(saved):
     assert "damaged" in refused(saved)
 
 
-def test_half_written_is_refused(saved, monkeypatch):
-    """Over an older artefact, stopped between the two files."""
+def test_an_interrupted_save_leaves_the_older_artefact(saved, monkeypatch):
     from pathlib import Path
 
     def failing(self, *args):
         raise KeyboardInterrupt
 
+    before = Artifact.load(saved)
     monkeypatch.setattr(Path, "write_text", failing)
     with pytest.raises(KeyboardInterrupt):
         made("free").save(saved)
-    assert "is not the file that artifact.json was written with" in refused(saved)
+    assert Artifact.load(saved) == before
     assert {path.name for path in saved.iterdir()} == {JSON, TENSORS}  # no scratch file stays
+
+
+def test_stopped_between_its_two_files_is_refused(saved, monkeypatch):
+    from pathlib import Path
+
+    replace = Path.replace
+
+    def once(self, target):
+        monkeypatch.setattr(Path, "replace", failing)
+        return replace(self, target)
+
+    def failing(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        made("fp16").save(saved)
+    assert "is not the file that artifact.json was written with" in refused(saved)
+    assert {path.name for path in saved.iterdir()} == {JSON, TENSORS}
+
+
+@pytest.mark.parametrize("name", [JSON, TENSORS])
+def test_a_folder_in_place_of_either_file_writes_neither(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"expected a file to write at .*{name}, found a folder"):
+        made().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert "No such file" in refused(tmp_path) or f"{name}: it is a folder" in refused(tmp_path)
 
 
 def edit(folder, change=lambda head: None, tensors=None) -> None:
@@ -180,10 +208,10 @@ def edit(folder, change=lambda head: None, tensors=None) -> None:
     ("words", "change"),
     [
         ("layers", lambda head: head["model"].update(layers=3)),
-        ("damaged", lambda head: head["model"].update(layers=10**12)),
-        ("damaged", lambda head: head["model"].update(layers="two")),
-        ("damaged", lambda head: head.pop("model")),
-        ("damaged", lambda head: head.update(model=[])),
+        ("layers: Input should be less", lambda head: head["model"].update(layers=10**12)),
+        ("layers: Input should be a valid integer", lambda head: head["model"].update(layers="two")),
+        ("expected named fields, found None", lambda head: head.pop("model")),
+        ("expected named fields, found []", lambda head: head.update(model=[])),
         ("points", lambda head: head["settings"].update(bits=4)),
         ("no valid", lambda head: head["settings"].update(bits="many")),
         ("no valid", lambda head: head["settings"].update(slots=400, cap="none")),

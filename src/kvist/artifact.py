@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from kvist import stranger
 from kvist.atomic import replacing
 from kvist.coding import Fixed, Table, Unrotate
 from kvist.coding.outliers import MOST
@@ -24,6 +25,8 @@ from kvist.types import ModelIdentity, Part
 
 FORMAT = 1
 JSON, TENSORS = "artifact.json", "artifact.safetensors"
+MOST_JSON, MOST_BYTES = 1 << 20, 1 << 28
+FLOATS = {torch.float16, torch.float32}
 
 
 class Settings(Part):
@@ -118,10 +121,9 @@ class Artifact(Part):
                 tensors |= {f"{name}.{i}.{part}": tensor for part, tensor in _to_tensors(fit).items()}
         data = save_tensors(tensors)
         head = self.model_dump(mode="json", exclude={"keys", "values"}) | {"digest": _digest(data)}
-        with replacing(folder / TENSORS) as scratch:
+        with replacing(folder / JSON) as vouches, replacing(folder / TENSORS) as scratch:
             scratch.write_bytes(data)
-        with replacing(folder / JSON) as scratch:
-            scratch.write_text(json.dumps(head, indent=2) + "\n")
+            vouches.write_text(json.dumps(head, indent=2) + "\n")
 
     def push(self, repository: str) -> str:
         """Save to a model repository on the Hugging Face Hub, made if it is not there; returns its address."""
@@ -156,28 +158,34 @@ class Artifact(Part):
     def load(cls, folder: str | Path) -> "Artifact":
         """Read what `save` wrote. Raises ValueError with the reason where it is missing, damaged or of another kind."""
         folder = Path(folder)
+        path = folder / JSON
         try:
-            head, data = json.loads((folder / JSON).read_text()), (folder / TENSORS).read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not JSON"
+            head = stranger.read_json(path, MOST_JSON)
+            path = folder / TENSORS
+            data = stranger.read(path, MOST_BYTES)
+        except ValueError as error:
             raise ValueError(
-                f"expected an artefact ({JSON} and {TENSORS}) in {folder}: {reason}; `kvist calibrate` makes one"
+                f"expected an artefact ({JSON} and {TENSORS}) in {folder}: {path.name}: {error}; "
+                "`kvist calibrate` makes one"
             ) from None
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise ValueError(f"{folder} is no artefact of format {FORMAT}; calibrate anew with this release of kvist")
         if head.pop("digest", None) != _digest(data):
             raise ValueError(f"{folder} is damaged: {TENSORS} is not the file that {JSON} was written with")
         try:
-            tensors = load_tensors(data)
-            layers, bits = head["model"]["layers"], head["settings"]["bits"]
+            model = ModelIdentity.model_validate(head.get("model"))
+            bits = Settings.model_validate(head.get("settings")).bits
+            tensors = _Tensors(load_tensors(data), 2**bits, model.heads * model.key_dim)
             fits = {
-                side + "s": [_from_tensors(tensors, f"{side}.{i}.", bits) for i in range(layers)]
+                side + "s": [tensors.fit(f"{side}.{i}.", bits) for i in range(model.layers)]
                 for side in ("key", "value")
             }
+            if left := sorted(tensors.found.keys() - tensors.used):
+                raise ValueError(f"it has {left[0]!r}, which no layer of the model needs")
             return cls.model_validate(head | fits)
         except ValidationError as error:
-            raise ValueError(f"{folder} is no valid artefact: {error.errors()[0]['msg']}") from None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is no valid artefact: {stranger.said(error)}") from None
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from None
 
 
@@ -200,17 +208,36 @@ def _to_tensors(fit: Fit) -> dict[str, Tensor]:
     return found
 
 
-def _from_tensors(tensors: dict[str, Tensor], prefix: str, bits: int) -> dict:
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    table: dict = {"bits": bits}
-    for name in ("points", "read"):
-        if name == "points" or name in own:
-            points = own[name].double()
-            if own[name].dtype == torch.uint8:
-                low, high = own[f"{name}_ends"].double().tolist()
-                points = low + (high - low) * points / 255
-            table[name] = points.tolist()
-    found: dict = {"table": table}
-    if "low" in own:
-        found["range"] = {name: own[name].double().tolist() for name in ("low", "high")}
-    return found
+class _Tensors:
+    """The tensors of a file, asked for by name; each must have the length that the settings and the model say."""
+
+    def __init__(self, found: dict[str, Tensor], points: int, channels: int):
+        self.found, self.used = found, set[str]()
+        self.points, self.channels = points, channels
+
+    def fit(self, prefix: str, bits: int) -> dict:
+        """What `Fit` is made of, of one side of one layer."""
+        table: dict = {"bits": bits, "points": self._table(prefix + "points")}
+        if f"{prefix}read" in self.found:
+            table["read"] = self._table(prefix + "read")
+        found: dict = {"table": table}
+        if f"{prefix}low" in self.found:
+            found["range"] = {name: self._numbers(prefix + name, self.channels).tolist() for name in ("low", "high")}
+        return found
+
+    def _table(self, name: str) -> list[float]:
+        points = self._numbers(name, self.points, steps=True)
+        if self.found[name].dtype == torch.uint8:
+            low, high = self._numbers(f"{name}_ends", 2).tolist()
+            points = low + (high - low) * points / 255
+        return points.tolist()
+
+    def _numbers(self, name: str, count: int, steps: bool = False) -> Tensor:
+        tensor = self.found.get(name)
+        if tensor is None:
+            raise ValueError(f"it lacks {name!r}")
+        known = FLOATS | {torch.uint8} if steps else FLOATS
+        if tuple(tensor.shape) != (count,) or tensor.dtype not in known:
+            raise ValueError(f"expected {count} numbers in {name!r}, found {tensor.dtype} {tuple(tensor.shape)}")
+        self.used.add(name)
+        return tensor.double()

@@ -11,8 +11,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A scratch file beside `path`: it takes its place when the block ends well, and goes when it does not."""
+    """A scratch file beside `path`: it takes its place when the block ends well, and goes when it does not. Files that
+    belong together are opened together: `with replacing(last) as a, replacing(first) as b`, all of them or none."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a file to write at {path}, found a folder; move it away")
     if not path.parent.is_dir():
         raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part" + path.suffix)

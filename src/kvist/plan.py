@@ -11,10 +11,11 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvist import stranger
 from kvist.atomic import replacing
 from kvist.coding import Codec
 from kvist.retention import KeepAll, Retention
-from kvist.types import HOLD, MIN_PAGE, POOL_STEP, Geometry, ModelIdentity, Part, ladder
+from kvist.types import HOLD, MIN_PAGE, MOST_LAYERS, POOL_STEP, Geometry, ModelIdentity, Part, ladder
 
 FORMAT = 1
 TABLE_STEP = 16  # entries
@@ -142,7 +143,7 @@ class Recipe(Part):
     name: str
     paper: str = ""
     model: ModelIdentity | None = None
-    layers: tuple[LayerPlan, ...] = Field(min_length=1)
+    layers: tuple[LayerPlan, ...] = Field(min_length=1, max_length=MOST_LAYERS)
     prefill: Literal["exact", "stored"] = "exact"
     format: Literal[1] = FORMAT
 
@@ -209,16 +210,16 @@ class Recipe(Part):
     def load(cls, path: str | Path) -> "Recipe":
         """Read a recipe's JSON file."""
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"expected a recipe's JSON file at {path}, found none that can be read: {error}") from None
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            data = stranger.read_json(path)
+        except ValueError as error:
             raise ValueError(
-                f"{path} is not a recipe: {where}: {first['msg']}; `kvist show` prints a valid one"
+                f"expected a recipe's JSON file at {path}: {error}; `kvist show METHOD --json` prints a valid one"
+            ) from None
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(
+                f"{path} is not a recipe: {stranger.said(error)}; `kvist show METHOD --json` prints a valid one"
             ) from None
 
     def __str__(self) -> str:

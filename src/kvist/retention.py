@@ -8,15 +8,17 @@ rounds the answer down to whole groups.
 from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from kvist.types import Part
+from kvist.types import MOST_TOKENS, Part
+
+Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 
 
 class Rule(Part):
     """What all rules share. `sinks` first tokens are never packed and never numbered."""
 
-    sinks: NonNegativeInt = 0
+    sinks: int = Field(default=0, ge=0, le=MOST_TOKENS)
 
     @property
     def chunking(self) -> str | None:
@@ -63,7 +65,7 @@ class Block(Rule):
     """Whole blocks are packed when complete: between 0 and size-1 wait (KIVI section 4.2, keys)."""
 
     kind: Literal["block"] = "block"
-    size: PositiveInt
+    size: Tokens
 
     @property
     def most(self) -> int:
@@ -96,7 +98,7 @@ class Sliding(Rule):
     """The newest `size` wait, always (KIVI section 4.2, values)."""
 
     kind: Literal["sliding"] = "sliding"
-    size: PositiveInt
+    size: Tokens
 
     @property
     def most(self) -> int:
@@ -110,7 +112,7 @@ class Streaming(Rule):
     """Between W and 2W-1 wait: a prompt leaves W; decoding waits for 2W, then leaves W (LogQuant's StreamingQuant)."""
 
     kind: Literal["streaming"] = "streaming"
-    window: PositiveInt
+    window: Tokens
 
     @property
     def chunking(self) -> str:
@@ -140,7 +142,7 @@ class LogSparse(Rule):
     (LogQuant, section 3). A prompt and single tokens come to the same."""
 
     kind: Literal["log"] = "log"
-    window: PositiveInt
+    window: Tokens
 
     @property
     def most(self) -> int:
@@ -163,7 +165,7 @@ class Ratio(Rule):
 
     kind: Literal["ratio"] = "ratio"
     ratio: float = Field(ge=0, lt=1)
-    group: PositiveInt = 32
+    group: Tokens = 32
 
     @property
     def chunking(self) -> str:
@@ -180,7 +182,7 @@ class Share(Rule):
 
     kind: Literal["share"] = "share"
     ratio: float = Field(ge=0, lt=1)
-    group: PositiveInt = 32
+    group: Tokens = 32
 
     def advance(self, frontier: int, length: int, prompt: bool) -> int:
         return max(frontier, (length - int(self.ratio * length)) // self.group * self.group)

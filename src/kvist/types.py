@@ -1,15 +1,17 @@
 """The words every room shares: shapes by name, array kinds, and what a model tells about itself."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 HOLD = 32  # tokens of the last update that stay exact until the next one, so that `crop(-k)`, k <= 32, is exact
 GROWTH = 1.25
 MIN_PAGE = 64  # tokens
 POOL_STEP = 8  # pages
+MOST_TOKENS = 1 << 24  # in a window, a group, a reserve: beyond any context
+MOST_LAYERS = 1024
 
 
 class Part(BaseModel):
@@ -18,7 +20,7 @@ class Part(BaseModel):
     A part may keep tensors that it made of its fields (a cached property); they are no part of its value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def _value(self) -> tuple:
         return tuple(getattr(self, name) for name in type(self).model_fields)
@@ -73,6 +75,9 @@ class Geometry:
         return self.exact if packs and self.exact else self.dtype
 
 
+Size = Annotated[int, Field(gt=0, le=1 << 16)]
+
+
 class ModelIdentity(Part):
     """The model that something was fitted to. config: a hash of what shapes its keys and values; layers: those that
     kvist serves."""
@@ -80,10 +85,10 @@ class ModelIdentity(Part):
     name: str
     kind: str
     config: str
-    layers: PositiveInt
-    heads: PositiveInt
-    key_dim: PositiveInt
-    value_dim: PositiveInt
+    layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+    heads: Size
+    key_dim: Size
+    value_dim: Size
 
     def check(self, found: "ModelIdentity") -> None:
         """Refuse another model, whatever its weights; a fine-tuned one has the same config."""

@@ -107,7 +107,7 @@ def test_view_that_is_out_of_date(cache):
 
 
 def test_negative_reserve_and_offloading(cache):
-    with pytest.raises(ValueError, match="reserve is a number of tokens, found -1"):
+    with pytest.raises(ValueError, match=r"reserve is a number of tokens, .*found -1"):
         kvist.Cache(tiny_llama(), "exact", reserve=-1)
     with pytest.raises(ValueError, match="not offloaded"):
         cache.layers[0].offload()

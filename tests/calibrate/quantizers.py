@@ -42,11 +42,17 @@ def dump(found) -> bytes:
     return pickle.dumps(found, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def old_numpy(data: bytes) -> bytes:
-    """As numpy 1 names it. Frames go, as their lengths would change; they are optional."""
+def unframed(data: bytes) -> bytes:
+    """Without frames, which are optional."""
     frames = [at for opcode, _, at in pickletools.genops(data) if opcode.name == "FRAME"]
     for at in reversed(frames):
         data = data[:at] + data[at + 9 :]
+    return data
+
+
+def old_numpy(data: bytes) -> bytes:
+    """As numpy 1 names it. Frames go, as their lengths would change."""
+    data = unframed(data)
     assert data.count(b"\x8c\x13numpy._core.numeric") == 1
     return data.replace(b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric")
 

@@ -213,7 +213,7 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path):
         with pytest.raises(ValueError, match="another --out"):
             Results(file)
         assert file.read_text() == text
-    with pytest.raises(ValueError, match="found a folder"):
+    with pytest.raises(ValueError, match="a folder"):
         Results(tmp_path)
     with pytest.raises(ValueError, match="found none"):
         Results(tmp_path / "no" / "rows.jsonl")

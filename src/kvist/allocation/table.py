@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictInt, ValidationError, model_validator
 
+from kvist import stranger
 from kvist.atomic import write_json
-from kvist.types import ModelIdentity, Part
+from kvist.types import MOST_LAYERS, ModelIdentity, Part
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
 
@@ -19,8 +20,8 @@ class Allocation(Part):
     with it, those of the paper or of the published code. note: how it was made, for people.
     """
 
-    k: tuple[StrictInt, ...]  # a width that JSON gives as true or "3" is a slip
-    v: tuple[StrictInt, ...]
+    k: tuple[StrictInt, ...] = Field(max_length=MOST_LAYERS)  # a width that JSON gives as true or "3" is a slip
+    v: tuple[StrictInt, ...] = Field(max_length=MOST_LAYERS)
     model: ModelIdentity | None = None
     ratios: Literal["paper", "reference"] = "paper"
     note: str = ""
@@ -52,16 +53,14 @@ class Allocation(Part):
     def load(cls, path: str | Path) -> "Allocation":
         """Read what `save` wrote, or {"k": [...], "v": [...]} by hand. Raises ValueError in one sentence."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise ValueError(f"expected an allocation's JSON file at {path}: {reason}") from None
+            data = stranger.read_json(path)
+        except ValueError as error:
+            raise ValueError(f"expected an allocation's JSON file at {path}: {error}") from None
+        try:
+            return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            said = first["msg"].removeprefix("Value error, ")
             raise ValueError(
-                f'{path} is not an allocation such as {{"k": [3, 2], "v": [4, 2]}}: {where}{said}'
+                f'{path} is not an allocation such as {{"k": [3, 2], "v": [4, 2]}}: {stranger.said(error)}'
             ) from None
 
     def __str__(self) -> str:

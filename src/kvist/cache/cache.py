@@ -20,6 +20,7 @@ from kvist.models.adapter import SERVED, describe
 from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
+from kvist.types import MOST_TOKENS
 
 if TYPE_CHECKING:
     from kvist.cache.captured import Steps
@@ -53,8 +54,8 @@ class Cache(TransformersCache):
         recipe = resolve(method, **options)
         if prefill is not None:
             recipe = Recipe.model_validate(recipe.model_dump() | {"prefill": prefill})
-        if reserve < 0:
-            raise ValueError(f"reserve is a number of tokens, found {reserve}")
+        if not 0 <= reserve <= MOST_TOKENS:
+            raise ValueError(f"reserve is a number of tokens, at most {MOST_TOKENS}, found {reserve}")
         if exact_dtype is not None and not exact_dtype.is_floating_point:
             raise ValueError(f"exact_dtype is a type of floating-point numbers, found {exact_dtype}")
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
@@ -389,6 +390,12 @@ class Cache(TransformersCache):
         else:
             twin._listen(model)
         return twin
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a kvist.Cache is not pickled, nor saved by torch.save, as it listens to its model: cache.save(path) "
+            "writes it, kvist.Cache.load(path, model) reads it, and copy.deepcopy copies it"
+        )
 
     def __repr__(self) -> str:
         return f"kvist.Cache({self.recipe.name!r}, {len(self.ours)} layers, {self.get_seq_length()} slots)"

@@ -7,21 +7,33 @@ refused, with the reason, where format, model, weights or recipe differ from wha
 import copy
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kvist import stranger
 from kvist.atomic import replacing
 from kvist.cache import foreign
 from kvist.cache.layer import Layer
-from kvist.cache.rows import Run
+from kvist.cache.saved import Header, SavedLayer, SavedTrack, capacity, check, check_numbers, held
 from kvist.cache.track import SlotMap, State, Track
 from kvist.plan import Recipe
 
 FORMAT = 3
+EMPTY = {"empty": True}
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+}
 SAMPLE = 16  # numbers of each weight that go into the fingerprint
 
 
@@ -42,6 +54,8 @@ def save(cache, path: str | Path) -> None:
     model = cache._model()
     if model is None:
         raise ValueError("the model of this cache is gone; save the cache while its model exists")
+    if any(layer.is_initialized and layer.slots != cache.rows.slots for layer in cache.ours):
+        raise ValueError("a forward was interrupted, and only some layers hold its tokens; call mend() and save then")
     tensors: dict[str, Tensor] = {}
     layers = [_save_layer(layer, f"{i}.", tensors) for i, layer in enumerate(cache.layers)]
     header = {
@@ -61,24 +75,105 @@ def save(cache, path: str | Path) -> None:
 
 
 def load(cls, path: str | Path, model, recipe: Recipe | None):
-    """The cache in `path`, for `model`; with `recipe`, only if it was made with that one (`prefill` may differ)."""
-    header, tensors = _read(Path(path))
-    if header["model"] != model.config.model_type or header["weights"] != fingerprint(model):
-        raise ValueError(
-            f"{path} was made with other weights (a {header['model']} model); load it with the model that made it"
-        )
-    made = Recipe.model_validate(header["recipe"])
-    if recipe is not None:
-        if recipe.model_copy(update={"prefill": made.prefill}) != made:
-            raise ValueError(f"{path} was made with another recipe ({made.name}); leave the method out to use that one")
-        made = recipe
-    cache = cls(model, made, reserve=header["reserve"])
-    cache.rows.slots = header["slots"]
-    cache.rows.runs = [[Run(*run) for run in runs] for runs in header["runs"]]
-    for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
-        _load_layer(layer, state, own, model)
+    """The cache in `path`, for `model`; with `recipe`, only if it was made with that one (`prefill` may differ). All
+    that the file says is checked before it is used; ValueError where it cannot be, with the reason."""
+    path = Path(path)
+    with _opened(path) as file:
+        about = file.metadata() or {}
+        header = _header(path, about)
+        if header.model != model.config.model_type or header.weights != fingerprint(model):
+            raise ValueError(
+                f"{path} was made with other weights (a {header.model} model); load it with the model that made it"
+            )
+        made = header.recipe
+        if recipe is not None:
+            if recipe.model_copy(update={"prefill": made.prefill}) != made:
+                raise ValueError(
+                    f"{path} was made with another recipe ({made.name}); leave the method out to use that one"
+                )
+            made = recipe
+        cache = cls(model, made, reserve=header.reserve)
+        try:
+            names = sorted(file.keys())
+            saved = _checked(cache, header, {name: file.get_slice(name) for name in names})
+            tensors = {name: file.get_tensor(name) for name in names}
+            if about.get("digest") != _digest(about["kvist"], tensors):
+                raise ValueError("its contents do not have the checksum that they were written with")
+            for i, (layer, state) in enumerate(zip(cache.layers, saved, strict=True)):
+                own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
+                _load_layer(layer, state, own, model)
+        except ValueError as error:
+            cache.close()
+            raise ValueError(
+                f"{path} is damaged, or was not written by kvist: {stranger.printable(str(error))}; make the cache anew"
+            ) from None
+        except BaseException:
+            cache.close()
+            raise
     return cache
+
+
+@contextmanager
+def _opened(path: Path):
+    """The file, after it was found to be plain; what its library finds wrong with it is a ValueError."""
+    what = f"expected a cache written by kvist at {path}"
+    try:
+        stranger.plain(path)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what}, found none that can be read: {stranger.printable(str(error))}") from None
+
+
+def _header(path: Path, about: dict[str, str]) -> Header:
+    if "kvist" not in about:
+        raise ValueError(f"{path} is a safetensors file but not a kvist cache")
+    try:
+        found = stranger.parse(about["kvist"])
+        version = found.get("format") if isinstance(found, dict) else None
+        if type(version) is int and version != FORMAT:
+            raise ValueError(f"it has cache format {version}, kvist reads {FORMAT}")
+        return Header.model_validate(found)
+    except ValidationError as error:
+        raise ValueError(f"{path} is no cache that kvist wrote: {stranger.said(error)}; make the cache anew") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no cache that kvist wrote: {error}; make the cache anew") from None
+
+
+def _checked(cache, header: Header, found: dict) -> list[SavedLayer | dict]:
+    """The layers of a header that is true of `cache`, still empty, and of the arrays in the file. Raises ValueError."""
+    if len(header.layers) != len(cache.layers):
+        raise ValueError(f"it has {len(header.layers)} layers, the model {len(cache.layers)}")
+    cache.rows.slots, cache.rows.runs = header.slots, header.rows()
+    saved: list[SavedLayer | dict] = []
+    for i, (layer, state) in enumerate(zip(cache.layers, header.layers, strict=True)):
+        own = {name.split(".", 1)[1] for name in found if name.split(".", 1)[0] == str(i)}
+        if not isinstance(layer, Layer):
+            saved.append(state)
+            continue
+        try:
+            ours = None if state == EMPTY else SavedLayer.model_validate(state)
+            wanted = {} if ours is None else check(layer, ours)
+            if own != wanted.keys():
+                raise ValueError(f"it has not the arrays that it should have: {', '.join(sorted(own ^ wanted.keys()))}")
+            for name, (shape, dtype) in wanted.items():
+                array = found[f"{i}.{name}"]
+                if tuple(array.get_shape()) != shape or array.get_dtype() != CODES.get(dtype):
+                    raise ValueError(
+                        f"{name} is {array.get_dtype()} {tuple(array.get_shape())}, which does not hold {dtype} {shape}"
+                    )
+        except ValidationError as error:
+            raise ValueError(f"layer {i}: {stranger.said(error)}") from None
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from None
+        saved.append(state if ours is None else ours)
+    known = {str(i) for i in range(len(cache.layers))}
+    if strange := sorted(name for name in found if name.split(".", 1)[0] not in known or "." not in name):
+        raise ValueError(f"it has an array {strange[0]!r} of no layer")
+    return saved
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -88,30 +183,13 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"expected a cache written by kvist at {path}, found none that can be read: {error}") from None
-    if "kvist" not in about:
-        raise ValueError(f"{path} is a safetensors file but not a kvist cache")
-    if about.get("digest") != _digest(about["kvist"], tensors):
-        raise ValueError(f"{path} is damaged: its contents do not have the checksum that they were written with")
-    header = json.loads(about["kvist"])
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path} has cache format {header['format']}, kvist reads {FORMAT}; make the cache anew")
-    return header, tensors
-
-
 def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
     if not isinstance(layer, Layer):  # transformers' own layer
         saved, found = foreign.save(layer)
         tensors |= {prefix + name: tensor for name, tensor in found.items()}
         return saved
     if not layer.is_initialized:
-        return {"empty": True}
+        return EMPTY
     state = {
         "shape": [
             layer.shape.heads,
@@ -126,62 +204,84 @@ def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
         "maps": [maps.runs for maps in layer.maps],
         "tracks": [],
     }
-    behind = [layer.behind(row) for row in range(layer.batch_size)]
     for name, track in zip(("key.", "value."), layer.tracks, strict=True):
-        state["tracks"].append(_save_track(track, behind, prefix + name, tensors))
+        state["tracks"].append(_save_track(track, layer, prefix + name, tensors))
     return state
 
 
-def _save_track(track: Track, behind: list[int], prefix: str, tensors: dict[str, Tensor]) -> dict:
-    pool, exact = track.pool, copy.copy(track.exact)
-    capacity, waiting = exact.capacity, [n - f for n, f in zip(behind, track.frontiers, strict=True)]
-    exact.resize(max(waiting), track.frontiers, behind)  # of the copy: only what holds tokens
+def _save_track(track: Track, layer: Layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
+    pool, exact, rows = track.pool, copy.copy(track.exact), range(layer.batch_size)
+    behind, size = [layer.behind(row) for row in rows], exact.capacity
+    waiting = max(n - f for n, f in zip(behind, track.frontiers, strict=True))
+    exact.resize(waiting, track.frontiers, behind)  # of the copy: only what holds tokens
     used = sorted({page for table in pool.tables for page in table})
-    order = {page: i for i, page in enumerate(used)}
-    tensors |= {f"{prefix}pages.{name}": array[used] for name, array in pool.arrays.items()}
-    tensors |= {f"{prefix}{name}": getattr(exact, name) for name in ("sinks", "pinned", "ring")}
+    order, filled = {page: i for i, page in enumerate(used)}, held(track, layer.maps, used)
+    found = {"sinks": exact.sinks.clone(), "pinned": exact.pinned.clone(), "ring": exact.ring}
+    for row in rows:  # room that holds nothing is written as zeros, whatever lay there
+        found["sinks"][row, :, layer.lengths[row] :] = 0
+        free = set(range(exact.pinned.shape[2])) - set(exact.pins[row].values())
+        found["pinned"][row, :, sorted(free)] = 0
+        positions = set(range(track.frontiers[row], behind[row]))
+        found["ring"][row, :, sorted(set(range(waiting)) - {p % waiting for p in positions})] = 0
+    for name, array in pool.arrays.items():
+        spec = pool.specs[name]
+        entries = filled[:, :: spec.stride].to(array.device)
+        entries = entries[:, None] if spec.kind == "head" else entries
+        entries = entries.view(*entries.shape, *(1,) * len(spec.shape))
+        found[f"pages.{name}"] = array[used].masked_fill_(~entries, 0)
+    tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    try:
+        check_numbers(track, found)
+    except ValueError as error:
+        raise ValueError(
+            f"the cache is not saved, as it holds what the model cannot have meant: {error}; a model that overflows in "
+            "fp16 runs in bfloat16"
+        ) from None
     return {
         "states": [[state.decided, state.frontier] for state in track.states],
         "tables": [[order[page] for page in table] for table in pool.tables],
         "pins": [list(pins.items()) for pins in exact.pins],
-        "capacity": capacity,
+        "capacity": size,
         "clipped": int(track.clipped),
     }
 
 
-def _load_layer(layer, state: dict, tensors: dict[str, Tensor], model) -> None:
+def _load_layer(layer, saved: SavedLayer | dict, tensors: dict[str, Tensor], model) -> None:
     if not isinstance(layer, Layer):
-        return foreign.load(layer, state, tensors, model.device)
-    if state.get("empty"):
+        return foreign.load(layer, saved, tensors, model.device)
+    if not isinstance(saved, SavedLayer):
         return
-    heads, key_dim, value_dim, dtype = state["shape"]
-    batch, dtype = len(state["lengths"]), getattr(torch, dtype)
+    shape, batch = saved.geometry, len(saved.lengths)
+    sizes, dtype = (shape.key_dim, shape.value_dim), shape.dtype
     if layer.plan.packs:  # exact tokens stay in the type that they were saved in, whatever this model computes in
         layer.exact, dtype = dtype, model.dtype
-    layer.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype) for dim in (key_dim, value_dim)))
-    layer.slots, layer.updates, layer.settled = state["slots"], state["updates"], state["settled"]
-    layer.lengths = state["lengths"]
-    layer.maps = [SlotMap(runs) for runs in state["maps"]]
-    for name, track, saved in zip(("key.", "value."), layer.tracks, state["tracks"], strict=True):
-        behind = [layer.behind(row) for row in range(batch)]
-        _load_track(track, behind, saved, {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+    layer.lazy_initialization(*(torch.empty(batch, shape.heads, 0, dim, dtype=dtype) for dim in sizes))
+    layer.slots, layer.updates, layer.settled = saved.slots, saved.updates, saved.settled
+    layer.lengths, layer.maps = list(saved.lengths), [SlotMap(runs) for runs in saved.maps]
+    behind = [layer.behind(row) for row in range(batch)]
+    waiting = max(n - f for track in saved.tracks for n, (_, f) in zip(behind, track.states, strict=True))
+    for name, track, state in zip(("key.", "value."), layer.tracks, saved.tracks, strict=True):
+        own = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        check_numbers(track, own)
+        _load_track(track, behind, state, own, capacity(layer, saved, waiting))
 
 
-def _load_track(track: Track, behind: list[int], saved: dict, tensors: dict[str, Tensor]) -> None:
+def _load_track(track: Track, behind: list[int], saved: SavedTrack, tensors: dict[str, Tensor], ring: int) -> None:
     pool, exact = track.pool, track.exact
-    track.states = [State(*state) for state in saved["states"]]
-    track.clipped += saved["clipped"]
+    track.states = [State(*state) for state in saved.states]
+    track.clipped += saved.clipped
     # own, aligned memory: a mapped file is neither, and vector code rounds otherwise where memory is not aligned
     exact.sinks, exact.pinned, exact.ring = (tensors[name].clone() for name in ("sinks", "pinned", "ring"))
-    exact.pins = [dict(pins) for pins in saved["pins"]]
-    exact.resize(saved["capacity"], track.frontiers, behind)
-    count = 1 + max((page for table in saved["tables"] for page in table), default=-1)
+    exact.pins = [dict(pins) for pins in saved.pins]
+    exact.resize(ring, track.frontiers, behind)
     if not pool.specs:
         return
+    pool.tables = [list(table) for table in saved.tables]
+    count = len({page for table in pool.tables for page in table})
     pool.resize(track.plan.pool(count, track.batch, pool.page, track.reserve))
     for name, array in pool.arrays.items():
         array[:count] = tensors[f"pages.{name}"]
-    for table in saved["tables"]:
+    for table in pool.tables:
         for page in table:
             pool.refs[page] += 1
-    pool.tables, pool.free = saved["tables"], [p for p in reversed(range(pool.capacity)) if not pool.refs[p]]
+    pool.free = [p for p in reversed(range(pool.capacity)) if not pool.refs[p]]

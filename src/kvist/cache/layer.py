@@ -22,6 +22,14 @@ from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
 
 
+def _refuse(self, value) -> None:
+    if value is not None:
+        raise AttributeError(
+            "keys and values of a kvist layer are packed, and are not assigned: update(keys, values) adds tokens, "
+            "crop(-k) and reset() take them away, and a new cache starts from others"
+        )
+
+
 class Layer(CacheLayerMixin):
     """Implements transformers' layer protocol over two tracks. Storage is made on the device of the first keys."""
 
@@ -29,6 +37,8 @@ class Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+
+    keys = values = property(lambda self: None, _refuse)  # where transformers' own layers keep tensors
 
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
         super().__init__()

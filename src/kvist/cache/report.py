@@ -16,7 +16,7 @@ class Report:
 
     items: "codes", "scale", "offset", "outlier", "channel", "ends", "values" in pages; "sinks", "pins", "recent"
     exact; "tables"; "other" for layers that transformers' own cache serves. clipped: numbers that a fixed
-    range had to clip, since the start, cropped tokens included.
+    range, or fp16's end for scales, offsets and outliers, had to clip, since the start, cropped tokens included.
     """
 
     recipe: str
@@ -62,7 +62,10 @@ class Report:
         )
         if self.clipped:
             share = self.clipped / self.elements
-            lines.append(f"  {self.clipped} numbers ({share:.2g} of all) lay beyond their fixed range and were clipped")
+            lines.append(
+                f"  {self.clipped} numbers ({share:.2g} of all) lay beyond their fixed range, or fp16's 65,504, and "
+                "were clipped"
+            )
         return "\n".join(lines)
 
 

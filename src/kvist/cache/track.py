@@ -97,13 +97,15 @@ class Track:
     ):
         self.side, self.plan, self.dim, self.batch, self.reserve, self.rows = side, plan, dim, batch, reserve, rows
         self.rule, self.codec = side.retention, side.codec
+        self.codec.check(shape.heads, dim)
         dtype = shape.stored(plan.packs)
         specs = self.codec.layout(shape.heads, dim, dtype) if plan.packs else {}
         self.pool = Pool(specs, shape.heads, page, device, batch)
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
         self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, dtype, device)
         self.states = [State() for _ in range(batch)]
-        self.clipped = torch.zeros((), dtype=torch.long, device=device)  # entries beyond a fixed range, without a slot
+        # entries beyond a fixed range, without a slot; scales, offsets and outliers beyond fp16
+        self.clipped = torch.zeros((), dtype=torch.long, device=device)
 
     @property
     def frontiers(self) -> list[int]:
@@ -169,6 +171,8 @@ class Track:
         for a, b in pairwise(cuts):
             arrays = self.codec.encode(source[:, :, a:b], None if at is None else at[:, a:b])
             self.clipped += arrays.pop("clipped", 0)
+            if source.dtype != torch.float16:  # whose own numbers all fit
+                self.clipped += self.codec.saturated(arrays)
             self.pool.write(rows, [slot + a for slot in slots], arrays)
 
     def _encode_straight(self, pack: Callable, rows: Sequence[int], source: Tensor, slots: Sequence[int]) -> None:

@@ -5,18 +5,19 @@ values; it ranks layers. `loss-change`: by how much the loss is expected to rise
 width, in nats per token; it can be added up, so that it says what a bit buys.
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from kvist import stranger
 from kvist.artifact import Origin
 from kvist.atomic import write_json
 from kvist.types import ModelIdentity, Part
 
 FORMAT = 1
+MOST = 1e30  # of a score: sums and squares of more are infinite
 STABLE = 0.8  # Spearman correlation of the rankings of two halves, below which a ranking says little
 SIDES: tuple[Literal["k"], Literal["v"]] = ("k", "v")
 
@@ -33,7 +34,7 @@ class Changes(Part):
     `choices`, per prompt."""
 
     method: str
-    choices: tuple[int, ...]
+    choices: tuple[int, ...] = Field(min_length=1, max_length=16)
     k: tuple[tuple[tuple[float, ...], ...], ...]
     v: tuple[tuple[tuple[float, ...], ...], ...]
 
@@ -58,6 +59,8 @@ class Profile(Part):
     @model_validator(mode="after")
     def _check(self) -> "Profile":
         layers, prompts = self.model.layers, self.origin.samples
+        if prompts < 1:
+            raise ValueError(f"a profile is made of prompts, found {prompts}")
         wanted = [((layers, prompts), self.gradient_norm)]
         wanted += [((layers, len(changes.choices), prompts), changes) for changes in self.loss_change]
         for shape, scores in wanted:
@@ -68,8 +71,8 @@ class Profile(Part):
                     raise ValueError(f"scores of {side} are lists of different lengths, expected {shape}") from None
                 if found.shape != shape:
                     raise ValueError(f"scores of {side} must be of shape {shape}, found {found.shape}")
-                if not (np.isfinite(found) & (found >= 0)).all():
-                    raise ValueError(f"scores of {side} must be finite and not negative")
+                if not ((found >= 0) & (found < MOST)).all():
+                    raise ValueError(f"scores of {side} must be numbers of at least 0 and below {MOST:g}")
         return self
 
     def norms(self, side: Literal["k", "v"]) -> np.ndarray:
@@ -117,20 +120,16 @@ class Profile(Part):
     def load(cls, path: str | Path) -> "Profile":
         """Read what `save` wrote. Raises ValueError with the reason where that cannot be."""
         try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not JSON"
-            raise ValueError(f"expected a profile's JSON file at {path}: {reason}; `kvist profile` makes one") from None
+            data = stranger.read_json(path)
+        except ValueError as error:
+            raise ValueError(f"expected a profile's JSON file at {path}: {error}; `kvist profile` makes one") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT or "gradient_norm" not in data:
             raise ValueError(f"{path} is no profile of format {FORMAT}; `kvist profile` makes one")
         data.pop("summary", None)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            said = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{path} is no valid profile: {where}: {said}") from None
+            raise ValueError(f"{path} is no valid profile: {stranger.said(error)}") from None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

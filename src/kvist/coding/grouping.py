@@ -3,11 +3,11 @@
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvist.kernels.bits import RUN
-from kvist.types import Part
+from kvist.types import MOST_TOKENS, Part
 
 
 class Grouping(Part):
@@ -18,7 +18,7 @@ class Grouping(Part):
     """
 
     along: Literal["tokens", "channels"]
-    size: int | None = None
+    size: int | None = Field(default=None, le=MOST_TOKENS)
     across_heads: bool = False
 
     @model_validator(mode="after")

@@ -10,14 +10,47 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from kvist import stranger
 from kvist.plan import Recipe
 from kvist.types import Part
 
+MOST_BYTES = 1 << 28  # of a file of results
 IDENTITY = ("task", "metric", "settings", "model", "dtype", "stress", "digest", "part")
+
+Divergence = Annotated[float, Field(ge=-1e-3, lt=1e9)]  # rounding may leave it below 0
+Among = Annotated[list[Divergence | None], Field(min_length=2, max_length=2)]  # tokens, their mean
+VALUES = {  # what a report reads, by name
+    name: TypeAdapter(list[kind], config=ConfigDict(allow_inf_nan=False))
+    for name, kind in {
+        "kl": Divergence,
+        "kl_max": Divergence,
+        "nll": NonNegativeFloat,
+        "tokens": PositiveInt,
+        "agreement": Annotated[float, Field(ge=0, le=1)],
+        "score": float | bool,
+        "kl_curve": list[Divergence],
+        "kl_counts": dict[Annotated[str, Field(pattern=r"^-?\d{1,3}$")], PositiveInt],
+        "kl_at_once": list[Annotated[list[Divergence], Field(min_length=3, max_length=3)]],
+        "first_mismatch": NonNegativeInt,
+        **dict.fromkeys(("inside", "beyond", "last"), Among),
+        **{f"kl_{name}": Divergence for name in ("padding", "batch", "chunk")},
+        "length": PositiveInt,
+        "depth": Annotated[float, Field(ge=0, le=1)] | None,
+    }.items()
+}
 
 
 class Row(Part):
@@ -42,10 +75,10 @@ class Row(Part):
     recipe: dict[str, Any]
     digest: str
     part: str
-    bits: float
-    items: tuple[int, ...]
+    bits: float = Field(ge=0)
+    items: tuple[NonNegativeInt, ...]
     values: dict[str, list]
-    seconds: float
+    seconds: float = Field(ge=0)
     seed: int = 0
     versions: dict[str, str] = {}
 
@@ -54,12 +87,25 @@ class Row(Part):
         for name, values in self.values.items():
             if len(values) != len(self.items):
                 raise ValueError(f"{name} has {len(values)} values for {len(self.items)} items")
+            if name in VALUES:
+                try:
+                    VALUES[name].validate_python(values, strict=True)
+                except ValidationError as error:
+                    raise ValueError(f"{name}.{stranger.said(error)}") from None
         return self
 
     @property
     def cell(self) -> str:
         """What was measured, as text: rows of equal cells are parts of the same measurement."""
         return cell_of(self.__dict__)
+
+    @classmethod
+    def read(cls, line: bytes) -> "Row":
+        """The row of a line. Raises ValueError with the reason where it is none."""
+        try:
+            return cls.model_validate(stranger.parse(line))
+        except ValidationError as error:
+            raise ValueError(stranger.said(error)) from None
 
     @property
     def line(self) -> str:
@@ -130,19 +176,22 @@ class Results:
             return
         if not self.path.parent.is_dir():
             raise ValueError(f"expected a folder to write {self.path.name} into, found none at {self.path.parent}")
-        if self.path.is_dir():
-            raise ValueError(f"expected a file for the results, found a folder at {self.path}")
         if self.path.exists():
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
-        data = path.read_bytes()
+        try:
+            data = stranger.read(path, MOST_BYTES)
+        except ValueError as error:
+            raise ValueError(f"expected a file of results at {path}: {error}; give another --out") from None
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
-                row = Row.model_validate_json(line)
-            except ValidationError:
-                raise ValueError(f"line {number} of {path} is no result of `kvist eval`; give another --out") from None
+                row = Row.read(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} of {path} is no result of `kvist eval`: {error}; give another --out"
+                ) from None
             self.rows.setdefault(row.cell, []).append(row)
         if whole < len(data):
             if not data[whole:].startswith(b'{"task"'[: len(data) - whole]):

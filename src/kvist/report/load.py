@@ -1,7 +1,6 @@
 """Rows of results files, grouped: what was measured together can be compared."""
 
 import json
-import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,9 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from kvist.evaluate.results import Cell, Row
+from kvist import stranger
+from kvist.evaluate.results import MOST_BYTES, Cell, Row
 
 PATTERNS = ("*.jsonl", "*.jsonl.xz")
 FLOOR = "floor: "
@@ -136,7 +134,7 @@ def load(source: str | Path) -> list[Group]:
     source = Path(source)
     if not source.exists():
         raise ValueError(f"expected a folder with results of `kvist eval --out`, found nothing at {source}")
-    files = [source] if source.is_file() else sorted({path for one in PATTERNS for path in source.glob(one)})
+    files = [source] if not source.is_dir() else sorted({path for one in PATTERNS for path in source.glob(one)})
     found: dict[str, dict[tuple[str, str], list[tuple[Row, str, int]]]] = {}
     for file in files:
         for number, row in _rows(file):
@@ -166,15 +164,18 @@ def titles(groups: Sequence[Group]) -> dict[int, str]:
 
 def _rows(file: Path) -> Iterator[tuple[int, Row]]:
     try:
-        data = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
-    except lzma.LZMAError:
-        raise ValueError(f"{file} is no xz file, or damaged") from None
+        data = stranger.read(file, MOST_BYTES)
+        data = stranger.unpack(data, MOST_BYTES) if file.suffix == ".xz" else data
+    except ValueError as error:
+        raise ValueError(f"the results {file} cannot be read: {error}; take the file away") from None
     lines = data.split(b"\n")  # the last is empty, or torn: a run may be writing it
     for number, line in enumerate(lines[:-1], 1):
         try:
-            yield number, Row.model_validate_json(line)
-        except ValidationError:
-            raise ValueError(f"line {number} of {file} is no result of `kvist eval`; take the file away") from None
+            yield number, Row.read(line)
+        except ValueError as error:
+            raise ValueError(
+                f"line {number} of {file} is no result of `kvist eval`: {error}; take the file away"
+            ) from None
 
 
 def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Group:

@@ -1,10 +1,10 @@
 """Everything a report knows: groups of results, which method others are compared with, what benchmarks left."""
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from kvist import stranger
 from kvist.report.contrast import Contrast, Line, lines, primary, to_exact
 from kvist.report.drift import growing
 from kvist.report.load import EXACT, Group, Place, load, titles
@@ -141,8 +141,8 @@ def beside(folder: Path) -> tuple[list[tuple[str, dict]], list[dict]]:
     benches, gates = [], []
     for path in sorted(folder.glob("*.json")):
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
+            data = stranger.read_json(path)
+        except ValueError:
             continue  # nothing of ours
         if _all(data, {"gate", "holds", "found"}):
             gates += data
