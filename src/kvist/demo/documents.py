@@ -36,11 +36,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text with facts in it, its token ids, and the questions about it."""
+    """A text with facts in it, its token ids, and the questions about it; `open`: ids of the one that is answered at
+    length."""
 
     text: str
     ids: tuple[int, ...]
     questions: tuple[Question, ...]
+    open: tuple[int, ...] = ()
 
 
 def documents(tokenizer, questions: int, seed: int = 0) -> list[Document]:
