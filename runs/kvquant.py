@@ -120,7 +120,7 @@ def _fitted(observed: Observed, changes: dict, windows, digest: str) -> Artifact
 
 def measure(variant: str, data_dir: str) -> None:
     """All rows of one variant of the model, into lines of JSON."""
-    model, tokenizer = load("float32")
+    model, tokenizer = load(dtype="float32")
     if variant != "plain":
         inject(model, variant, SEED)
     fitted = artifacts(model, tokenizer, variant, data_dir)

@@ -22,7 +22,7 @@ ANSWER = "{0} + {1} = <<{0}+{1}={2}>>{2} books.\n#### {2}"
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load("float32")
+    return load(dtype="float32")
 
 
 def documents(start: int, count: int) -> list[dict]:
@@ -119,7 +119,7 @@ def test_a_problem_does_not_depend_on_the_others(bundled, folder):
 
 
 def test_chat(bundled, folder):
-    tokenizer = load("float32")[1]
+    tokenizer = load(dtype="float32")[1]
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
     task = GSM8K(tokenizer, 2048, folder, shots=1, chat=True)
     prompt = task.prompts[0]

@@ -62,7 +62,7 @@ metadata: {{version: 1.0}}
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load("float32")
+    return load(dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ STORY = "The council met on Monday to discuss the flood. Two bridges were closed
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load("float32")
+    return load(dtype="float32")
 
 
 def document(**changed) -> dict:
@@ -104,7 +104,7 @@ def test_the_middle_is_left_out(bundled, folder, longest: int):
 
 
 def test_chat(bundled, folder):
-    tokenizer = load("float32")[1]
+    tokenizer = load(dtype="float32")[1]
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
     for context in (STORY, STORY * 40):
         task = LongBench("hotpotqa", tokenizer, 400, folder("hotpotqa", document(context=context)), chat=True)

@@ -28,7 +28,7 @@ EXACT = [contender("exact")]
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load("float32")
+    return load(dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import typer
 from kvist.cli.show import Bars, Json, check_plot, dump, parse_count, put, table
 
 FILE = "results.jsonl"
-BUNDLED = "bundled"
 STRESS = ("none", "mild", "strong")
 
 
@@ -180,7 +179,7 @@ def _rescore(folder: Path, json: bool) -> None:
 
 def _recipes(model: str):
     """What makes recipes of texts: for the bundled model, its own artefacts do for kvquant."""
-    from kvist.demo.model import recipe
+    from kvist.demo.model import BUNDLED, recipe
     from kvist.methods import parse
 
     return recipe if model == BUNDLED else parse
@@ -202,7 +201,7 @@ def _results(out: Path | None):
 def _loaded(model: str, device: str, dtype: str, stress: str, seed: int):
     """The model and its tokenizer; outliers are planted in fp32 and rounded afterwards."""
     from kvist.cli.models import load, precision, read_config
-    from kvist.demo.model import FOLDER
+    from kvist.demo.model import BUNDLED, FOLDER
 
     name = str(FOLDER) if model == BUNDLED else model
     if stress == "none":

@@ -1,5 +1,6 @@
-"""A model by name or folder, or one sentence about why there is none."""
+"""A model by name, folder or file, or one sentence about why there is none."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ def read_config(name: str):
     from transformers import AutoConfig
 
     set_verbosity_error()  # its retries are not the one sentence that a wrong name deserves
+    name = found(name)
     return _checked(name, lambda: AutoConfig.from_pretrained(name))
 
 
@@ -32,10 +34,18 @@ def load(name: str, device: str, dtype: str):
 
     disable_progress_bar()
     place, kind = placed(device), precision(dtype)
+    name = found(name)
     read_config(name)
     tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
     model: Any = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
     return model.to(place).eval(), tokenizer
+
+
+def found(name: str) -> str:
+    """What transformers is to load for MODEL; a GGUF file is converted first, and stderr is told."""
+    from kvist.models.find import find
+
+    return find(name, lambda text: print(f"kvist: {text}", file=sys.stderr))
 
 
 def placed(device: str):
@@ -63,7 +73,9 @@ def _checked(name: str, make):
     path = Path(name)
     looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
-        raise ValueError(f"expected a model's folder or its name on the Hugging Face Hub, found no folder at {name}")
+        raise ValueError(
+            f"expected a model's folder, its GGUF file or its name on the Hugging Face Hub, found none at {name}"
+        )
     if looks_local and not (path / "config.json").is_file():
         raise ValueError(f"{name} is no model: the folder has no config.json")
     try:

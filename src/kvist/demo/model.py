@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from kvist.methods import parse
+from kvist.models.find import find
 from kvist.plan import Recipe
 
+BUNDLED = "bundled"
 FOLDER = Path(__file__).with_name("kvist-6m")
 FITTED = Path(__file__).with_name("kvquant")  # artefacts of 2, 3 and 4 bits, by `kvist calibrate` on training novels
 
@@ -22,12 +24,15 @@ def recipe(text: str) -> Recipe:
     return parse(text, artifact=",".join(str(FITTED / str(bits)) for bits in widths))
 
 
-def load(dtype: str = "bfloat16") -> tuple[Any, Any]:
-    """The bundled model, in evaluation mode, and its tokenizer. Nothing is downloaded."""
+def load(name: str = BUNDLED, dtype: str = "auto") -> tuple[Any, Any]:
+    """The bundled model, or another that `kvist.models.find` knows ("smollm2"), in evaluation mode, and its tokenizer.
+    `dtype`: "auto" is that of the weights. Nothing is downloaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=getattr(torch, dtype), local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+    folder = FOLDER if name == BUNDLED else find(name)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -24,6 +24,7 @@ from kvist.evaluate.simulate import Simulated
 from kvist.evaluate.tokenwise import MODES, Mode, packed_bits
 from kvist.methods import resolve
 from kvist.models.adapter import describe
+from kvist.models.find import find
 from kvist.plan import Recipe
 
 register_model: Any = harness("api.registry").register_model
@@ -32,8 +33,9 @@ HFLM: Any = harness("models.huggingface").HFLM
 
 @register_model("kvist")
 class KvistLM(HFLM):
-    """lm-eval's Hugging Face model with a packed cache. pretrained and other options: as HFLM takes them. method: text,
-    recipe or the path of its JSON. mode: how log-likelihoods are taken; it does not change what is generated."""
+    """lm-eval's Hugging Face model with a packed cache. pretrained: as HFLM takes it, a GGUF file, or "smollm2"; other
+    options as HFLM's. method: text, recipe or the path of its JSON. mode: how log-likelihoods are taken; it does not
+    change what is generated."""
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class KvistLM(HFLM):
         if str(batch_size).startswith("auto"):
             raise ValueError(f"expected a number as batch size, found {batch_size!r}: caches are not probed; give 8")
         recipe = resolve(method)
+        if isinstance(pretrained, str):
+            pretrained = find(pretrained)
         super().__init__(pretrained=pretrained, batch_size=batch_size, **options)
         self.mode, self.silent, self.bits = mode, False, list[float]()
         self.take(recipe)

@@ -17,3 +17,11 @@ def layer_types(config) -> tuple[list[str], list[dict]]:
 def own_layer(kind: str, arguments: dict):
     """transformers' own dynamic cache layer for an attention type."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+
+
+def dequantized() -> dict:
+    """Arguments by which `from_pretrained` reads GGUF into plain weights; before 5.24 it knew nothing else."""
+    import transformers
+
+    made = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": made(dequantize=True)} if made else {}
