@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from kvist.evaluate.anatomy import BEHIND, anatomy, sentences
+from kvist.models.compat import CACHE_KEYWORD
 from tests.models_tiny import llama_config, sharpen, tiny_llama, tokens
 
 FIRST = 5  # a token that stands at the start alone
@@ -37,7 +38,7 @@ def test_what_is_reported_is_what_the_model_computes():
         heads = weights[:, :, BEHIND + 1 :, 0].mean((0, 2))
         assert found["sinks"]["mass"][layer] == pytest.approx(heads.mean().item(), abs=1e-4)
         for side, name in enumerate(("keys", "values")):
-            x = list(out.past_key_values)[layer][side].transpose(1, 2).flatten(0, 1).flatten(1)
+            x = list(out[CACHE_KEYWORD])[layer][side].transpose(1, 2).flatten(0, 1).flatten(1)
             size = x.abs().mean(0)
             assert found[name]["largest"][layer] == pytest.approx((size.max() / size.median()).item(), rel=1e-3)
             offset = (x.mean(0).abs() / x.std(0, correction=0)).max().item()
