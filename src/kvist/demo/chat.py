@@ -49,7 +49,9 @@ def document(tokenizer, text: str, questions: int = len(FORMS), seed: int = 0) -
         ids, answer_ids = (tuple(encode(tokenizer, part)) for part in (text, f" {answer}."))
         asked.append(Question("fact", question, answer, ids, answer_ids))
     body = head + ORDER + "\n".join(lines) + "\n"
-    return Document(body, tuple(encode(tokenizer, body)), tuple(asked), tuple(encode(tokenizer, f"\n{asked[0].text}{tail}")))
+    open_ = Question("open", asked[0].text, "", tuple(encode(tokenizer, f"\n{asked[0].text}{tail}")), ())
+    ids = tuple(encode(tokenizer, body))
+    return Document(body, ids, tuple(asked), min(SCORED, len(ids) // 2), open_)
 
 
 def _template(tokenizer) -> tuple[str, str]:

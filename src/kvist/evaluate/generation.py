@@ -143,7 +143,7 @@ def _decode(model, tokenizer, cache: TransformersCache, mask: Tensor, prompts: S
     token = forward(model, cache, asked, mask, 1).argmax(-1)
     written: list[list[int]] = [[] for _ in prompts]
     texts: list[str | None] = [None] * len(prompts)
-    ends = _ends(model, tokenizer)
+    ends = ends(model, tokenizer)
     for _ in range(max(prompt.most for prompt in prompts)):
         for row, (prompt, new) in enumerate(zip(prompts, token[:, 0].tolist(), strict=True)):
             if texts[row] is not None:
@@ -161,7 +161,7 @@ def _decode(model, tokenizer, cache: TransformersCache, mask: Tensor, prompts: S
     return [text or "" for text in texts]
 
 
-def _ends(model, tokenizer) -> set[int]:
+def ends(model, tokenizer) -> set[int]:
     """Tokens that end a text, by the model's generation settings and its tokenizer."""
     found = getattr(model.generation_config, "eos_token_id", None)
     listed = found if isinstance(found, list) else [found]
