@@ -109,7 +109,7 @@ class LayerPlan(Part):
         frontiers = [side.frontier_after(length) for side in self.sides]
         ring, widest = self.ring(behind - min(frontiers), reserve), 0
         for side, frontier, dim in zip(self.sides, frontiers, (shape.key_dim, shape.value_dim), strict=True):
-            token = batch * shape.heads * dim * shape.dtype.itemsize
+            token = batch * shape.heads * dim * shape.stored(self.packs).itemsize
             items["recent"] += ring * token
             items["sinks"] += self.sinks * token
             items["pins"] += side.retention.most_pins * token
@@ -117,7 +117,7 @@ class LayerPlan(Part):
                 continue
             pages = -(-frontier // page)
             room = self.pool(batch * pages, batch, page, reserve)
-            for name, spec in side.codec.layout(shape.heads, dim, shape.dtype).items():
+            for name, spec in side.codec.layout(shape.heads, dim, shape.stored(self.packs)).items():
                 items[name] += room * spec.page_bytes(shape.heads, page)
             width = self.table(pages, page, reserve)
             widest = max(widest, width)

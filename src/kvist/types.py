@@ -59,12 +59,18 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of one layer's cache: KV heads, head sizes of key and value, storage type of exact tokens."""
+    """The shape of one layer's cache: KV heads, head sizes of key and value, the type that keys and values come in, and
+    the one in which a layer that packs stores its exact tokens; None: as they come."""
 
     heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    exact: torch.dtype | None = None
+
+    def stored(self, packs: bool) -> torch.dtype:
+        """The storage type of exact tokens in a layer that packs, or that does not."""
+        return self.exact if packs and self.exact else self.dtype
 
 
 class ModelIdentity(Part):

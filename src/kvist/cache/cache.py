@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,9 @@ class Cache(TransformersCache):
     model: a transformers causal language model. method: a method's name with options as keywords (`"kivi", bits=2`),
     its text (`"kivi k=2 v=4"`), a Recipe, or the path of a recipe's JSON file. prefill: "exact", the prompt's own chunk
     attends in full precision, as published; "stored", every query sees what is stored. reserve: tokens per row for
-    which room is set aside at the first update; the cache grows beyond it when it must.
+    which room is set aside at the first update; the cache grows beyond it when it must. exact_dtype: the type in which
+    layers that pack store their exact tokens, such as torch.bfloat16 where the model computes in float32; by default
+    the model's own, or what `kvist.models.precision.keep` was told.
 
     It is for inference: what it stores has no history, and a backward pass through packed attention is refused. It
     listens to `model` for padding masks, through a hook that `close()` removes. Layers with a window of their own
@@ -37,14 +40,25 @@ class Cache(TransformersCache):
     """
 
     def __init__(
-        self, model, method: "str | Recipe | Path", *, prefill: str | None = None, reserve: int = 0, **options
+        self,
+        model,
+        method: "str | Recipe | Path",
+        *,
+        prefill: str | None = None,
+        reserve: int = 0,
+        exact_dtype: torch.dtype | None = None,
+        **options,
     ):
         recipe = resolve(method, **options)
         if prefill is not None:
             recipe = Recipe.model_validate(recipe.model_dump() | {"prefill": prefill})
         if reserve < 0:
             raise ValueError(f"reserve is a number of tokens, found {reserve}")
+        if exact_dtype is not None and not exact_dtype.is_floating_point:
+            raise ValueError(f"exact_dtype is a type of floating-point numbers, found {exact_dtype}")
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
+        if exact_dtype is not None:
+            self.describes = replace(self.describes, shape=replace(self.describes.shape, exact=exact_dtype))
         self._check_fit(model)
         self.rows = Rows()
         plans = iter(recipe.for_layers(len(self.describes.served)))
@@ -55,6 +69,8 @@ class Cache(TransformersCache):
             for kind, arguments in zip(self.describes.kinds, self.describes.arguments, strict=True)
         ]
         super().__init__(layers=layers)
+        for layer in self.ours:
+            layer.exact = self.describes.shape.exact
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `captured`
         self.upcoming: list[int] = []  # the position of each row's next token

@@ -132,8 +132,7 @@ class CapturedLayer:
         tracks, store = self.layer.tracks, self._store
         assert store is not None  # `_check` saw to it
         store(
-            keys,
-            values,
+            *self.layer.kept(keys, values),
             tuple(track.exact.ring for track in tracks),
             tuple(track.pool.arrays for track in tracks),
             tuple(self.tables),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Exact:
-    """Tokens in the model's own type. Position p behind the sinks sits in ring slot p mod capacity; pins are packed
+    """Tokens in the type that they are stored in. Position p behind the sinks sits in ring slot p mod capacity; pins are packed
     tokens kept exact as well, by position."""
 
     def __init__(

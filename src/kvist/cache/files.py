@@ -76,7 +76,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
     cache.rows.runs = [[Run(*run) for run in runs] for runs in header["runs"]]
     for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
-        _load_layer(layer, state, own, model.device)
+        _load_layer(layer, state, own, model)
     return cache
 
 
@@ -115,7 +115,7 @@ def _save_layer(layer, prefix: str, tensors: dict[str, Tensor]) -> dict:
             layer.shape.heads,
             layer.shape.key_dim,
             layer.shape.value_dim,
-            str(layer.dtype).removeprefix("torch."),
+            str(layer.shape.stored(layer.plan.packs)).removeprefix("torch."),
         ],
         "slots": layer.slots,
         "updates": layer.updates,
@@ -147,9 +147,9 @@ def _save_track(track: Track, behind: list[int], prefix: str, tensors: dict[str,
     }
 
 
-def _load_layer(layer, state: dict, tensors: dict[str, Tensor], device: torch.device) -> None:
+def _load_layer(layer, state: dict, tensors: dict[str, Tensor], model) -> None:
     if not isinstance(layer, Layer):
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
         if "keys" in tensors:
             layer.lazy_initialization(tensors["keys"], tensors["values"])
         vars(layer).update(state | tensors)
@@ -158,6 +158,8 @@ def _load_layer(layer, state: dict, tensors: dict[str, Tensor], device: torch.de
         return
     heads, key_dim, value_dim, dtype = state["shape"]
     batch, dtype = len(state["lengths"]), getattr(torch, dtype)
+    if layer.plan.packs:  # exact tokens stay in the type that they were saved in, whatever this model computes in
+        layer.exact, dtype = dtype, model.dtype
     layer.lazy_initialization(*(torch.empty(batch, heads, 0, dim, dtype=dtype) for dim in (key_dim, value_dim)))
     layer.slots, layer.updates, layer.settled = state["slots"], state["updates"], state["settled"]
     layer.lengths = state["lengths"]

@@ -33,6 +33,7 @@ class Layer(CacheLayerMixin):
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
         super().__init__()
         self.plan, self.page, self.prefill, self.reserve, self.rows = plan, page, prefill, reserve, rows
+        self.exact: torch.dtype | None = None  # see `Geometry`; set before the first update
         self.version = 0  # counts changes, so that a view knows when it is out of date
         self.reset()
 
@@ -53,7 +54,7 @@ class Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, key_dim = key_states.shape
-        self.shape = Geometry(heads, key_dim, value_states.shape[-1], key_states.dtype)
+        self.shape = Geometry(heads, key_dim, value_states.shape[-1], key_states.dtype, self.exact)
         self.device, self.dtype = key_states.device, key_states.dtype
         sides = zip(self.plan.sides, (key_dim, self.shape.value_dim), strict=True)
         self.key, self.value = (
@@ -95,23 +96,38 @@ class Layer(CacheLayerMixin):
         self.to(key_states.device)
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
-        if slots == 1 and all(counts) and self._step(key_states, value_states):
+        given, kept = (key_states.detach(), value_states.detach()), self.kept(key_states, value_states)
+        if slots == 1 and all(counts) and self._step(*kept):
             view = View.after(self)
             return Handle(view, 0), Handle(view, 1)
         self.settle()
         long, empty = max(counts) > HOLD, self.slots == 0
         chunked = long and self.prefill == "exact" and self.plan.packs
-        view = View.before(self, key_states, value_states) if chunked and not empty else None
-        self._append(key_states.detach(), value_states.detach(), columns, counts)
+        view = View.before(self, *given) if chunked and not empty else None
+        self._append(*kept, columns, counts)
         self.slots, self.updates, self.settled = self.slots + slots, self.updates + 1, False
         self._changed()
-        if empty and (chunked or not long):
+        if empty and chunked:
             return key_states, value_states
+        if empty and not long:
+            return kept[0].to(self.dtype), kept[1].to(self.dtype)
         if not self.plan.packs:
             view = View.after(self)
             return view.dense(0), view.dense(1)
         view = view or View.after(self)
         return Handle(view, 0), Handle(view, 1)
+
+    def kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are stored while exact. What a narrower type cannot hold goes to its end."""
+        stored = self.shape.stored(self.plan.packs)
+        if keys.dtype == stored:
+            return keys.detach(), values.detach()
+        most = torch.finfo(stored).max
+        if most < torch.finfo(keys.dtype).max:
+            for track, x in zip(self.tracks, (keys, values), strict=True):
+                track.clipped += (x.abs() > most).sum()
+            keys, values = keys.clamp(-most, most), values.clamp(-most, most)
+        return keys.detach().to(stored), values.detach().to(stored)
 
     def _step(self, keys: Tensor, values: Tensor) -> bool:
         """Store one token per row in one launch, which also packs what is due; False where no kernel does that."""
@@ -262,7 +278,7 @@ class Layer(CacheLayerMixin):
             )
         if not self.is_initialized:
             return
-        found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, self.exact)
         if found != self.shape or keys.shape[0] != self.batch_size:
             raise ValueError(
                 f"this cache holds a batch of {self.batch_size}, {self.shape}; found {keys.shape[0]}, {found}"

@@ -61,7 +61,8 @@ def _fetched(layer: Layer, odd: list[Sequence[int]]) -> Loose:
     tokens = torch.full((len(odd), most), -1, device=layer.device)
     sides = []
     for track in layer.tracks:
-        side = track.exact.ring.new_zeros(len(odd), layer.shape.heads, most, track.dim)
+        size = (len(odd), layer.shape.heads, most, track.dim)
+        side = torch.zeros(size, dtype=layer.dtype, device=layer.device)
         for row, positions in enumerate(odd):
             side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
             tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks

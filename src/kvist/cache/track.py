@@ -97,10 +97,11 @@ class Track:
     ):
         self.side, self.plan, self.dim, self.batch, self.reserve, self.rows = side, plan, dim, batch, reserve, rows
         self.rule, self.codec = side.retention, side.codec
-        specs = self.codec.layout(shape.heads, dim, shape.dtype) if plan.packs else {}
+        dtype = shape.stored(plan.packs)
+        specs = self.codec.layout(shape.heads, dim, dtype) if plan.packs else {}
         self.pool = Pool(specs, shape.heads, page, device, batch)
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
-        self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, shape.dtype, device)
+        self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, dtype, device)
         self.states = [State() for _ in range(batch)]
         self.clipped = torch.zeros((), dtype=torch.long, device=device)  # entries beyond a fixed range, without a slot
 
@@ -211,14 +212,15 @@ class Track:
                 return exact.get([row], positions.start, positions.stop)[0]
             if positions.stop <= frontier:
                 return self.decode(row, positions, maps)
-        out = exact.ring.new_empty(exact.ring.shape[1], len(positions), self.dim)
+        wide = torch.promote_types(exact.ring.dtype, torch.float32)  # what is decoded is not rounded again
+        out = exact.ring.new_empty(exact.ring.shape[1], len(positions), self.dim, dtype=wide)
         recent = [i for i, p in enumerate(positions) if p >= frontier]
         pinned = [i for i, p in enumerate(positions) if p < frontier and p in pins]
         packed = [i for i, p in enumerate(positions) if p < frontier and p not in pins]
         if recent:
-            out[:, recent] = exact.ring[row][:, [positions[i] % exact.capacity for i in recent]]
+            out[:, recent] = exact.ring[row][:, [positions[i] % exact.capacity for i in recent]].to(wide)
         if pinned:
-            out[:, pinned] = exact.pinned[row][:, [pins[positions[i]] for i in pinned]]
+            out[:, pinned] = exact.pinned[row][:, [pins[positions[i]] for i in pinned]].to(wide)
         if packed:
             out[:, packed] = self.decode(row, [positions[i] for i in packed], maps).to(out.dtype)
         return out

@@ -160,6 +160,6 @@ def packed_bits(recipe: Recipe, facts: Model) -> float:
         spec.page_bytes(shape.heads, recipe.page)
         for plan in plans
         for side, dim in zip(plan.sides, (shape.key_dim, shape.value_dim), strict=True)
-        for spec in side.codec.layout(shape.heads, dim, shape.dtype).values()
+        for spec in side.codec.layout(shape.heads, dim, shape.stored(plan.packs)).values()
     )
     return 8 * nbytes / (len(plans) * recipe.page * shape.heads * (shape.key_dim + shape.value_dim))

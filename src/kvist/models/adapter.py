@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.models import compat
+from kvist.models import compat, precision
 from kvist.types import Geometry, ModelIdentity
 
 SERVED = "full_attention"
@@ -64,7 +64,7 @@ def _geometry(text, model) -> Geometry:
     if text.model_type == "falcon":  # its newer architecture repeats the KV heads before they reach the cache
         kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
     dtype = getattr(model, "dtype", None) or torch.float32
-    return Geometry(kv_heads or heads, dim, dim, dtype)
+    return Geometry(kv_heads or heads, dim, dim, dtype, precision.kept(model))
 
 
 def _identity(text, config, kinds: list[str], shape: Geometry, rotary: str) -> ModelIdentity:
