@@ -23,7 +23,11 @@ FORMS = (
     ("The door of the mill is painted {}.", "Which colour is the door of the mill?", "green yellow blue white"),
     ("On Sundays Marta cooks {}.", "What does Marta cook on Sundays?", "soup fish rice beans"),
     ("Old Peter plays the {}.", "Which instrument does old Peter play?", "violin guitar piano drums"),
-    ("The harbour bus leaves from platform {}.", "From which platform does the harbour bus leave?", "seven four nine two"),
+    (
+        "The harbour bus leaves from platform {}.",
+        "From which platform does the harbour bus leave?",
+        "seven four nine two",
+    ),
     ("The market opens every {}.", "When does the market open?", "Monday Friday Tuesday Thursday"),
     ("Clara works as a {}.", "What is Clara's work?", "nurse pilot teacher lawyer"),
     ("The old bridge will be closed in {}.", "When will the old bridge be closed?", "March October June August"),

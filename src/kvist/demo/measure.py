@@ -146,9 +146,7 @@ def _stored(model, result: Result, known: Read, recipe: Recipe | None, documents
     result.used_bits += 8 * used / numbers / documents
     facts, own = describe(model), 8.0 * model.dtype.itemsize
     for tokens in BILLED:
-        result.billed[str(tokens)] = (
-            recipe.bits_per_element(facts.shape, len(facts.served), tokens) if recipe else own
-        )
+        result.billed[str(tokens)] = recipe.bits_per_element(facts.shape, len(facts.served), tokens) if recipe else own
 
 
 def _scored(model, known: Read, recipe: Recipe | None) -> Tokens:
