@@ -255,6 +255,10 @@ class Cache(TransformersCache):
         self._check_steps()
         return report.measure(self.recipe.name, self.layers)
 
+    def bill(self, tokens: int, reserve: int) -> int:
+        """Bytes that one row of `tokens`, read at once, takes in the layers that kvist stores."""
+        return self.recipe.bill(self.describes.shape, len(self.ours), tokens, reserve=reserve).total()
+
     def save(self, path: str | Path) -> None:
         """Write everything stored to one safetensors file, atomically."""
         from kvist.cache.files import save

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Exact:
-    """Tokens in the type that they are stored in. Position p behind the sinks sits in ring slot p mod capacity; pins are packed
-    tokens kept exact as well, by position."""
+    """Tokens as they are stored while exact. Position p behind the sinks sits in ring slot p mod capacity; pins are
+    packed tokens kept exact as well, by position."""
 
     def __init__(
         self, batch: int, heads: int, dim: int, sinks: int, pins: int, dtype: torch.dtype, device: torch.device

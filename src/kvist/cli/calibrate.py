@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvist.cli.show import Bars, Json, dump
+from kvist.cli.show import MODEL, Bars, Json, dump
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     data: Annotated[str, typer.Option(help="wikitext2, c4, a name in --data-dir, or a text file (also .xz).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the artefact is written into.")],
     method: Annotated[
@@ -31,7 +31,7 @@ def calibrate(
     key_axis: Annotated[str, typer.Option(help="channel (fixed ranges) or token (found online).")] = "channel",
     seed: Annotated[int, typer.Option(help="Of the windows that are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved; CPUs: float32), float32, float16 or bfloat16.")] = "auto",
     push: Annotated[str | None, typer.Option(help="Also push to this repository on the Hugging Face Hub.")] = None,
     json: Json = False,
 ) -> None:
@@ -48,10 +48,10 @@ def calibrate(
     from kvist.artifact import JSON, TENSORS
     from kvist.calibrate import text
     from kvist.calibrate.run import calibrate as fit
-    from kvist.cli.models import load
+    from kvist.cli.models import for_gradients, load
 
     documents = text.texts(data, data_dir, "train")
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, for_gradients(device, dtype))
     windows = text.sample(tokenizer, documents, samples, seqlen, seed)
     with Bars() as bars:
         artifact = fit(

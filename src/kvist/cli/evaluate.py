@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Bars, Json, check_plot, dump, parse_count, put, table
+from kvist.cli.show import MODEL, Bars, Json, check_plot, dump, parse_count, put, table
 
 FILE = "results.jsonl"
 STRESS = ("none", "mild", "strong")
@@ -13,7 +13,8 @@ STRESS = ("none", "mild", "strong")
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="A model's folder, its name on the Hugging Face Hub, or 'bundled'.")
+        str | None,
+        typer.Argument(help=f"{MODEL} Or bundled: the one that comes with kvist."),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -75,7 +76,9 @@ def evaluate(
     chat: Annotated[bool, typer.Option("--chat", help="Questions go through the model's chat template.")] = False,
     tasks_dir: Annotated[Path | None, typer.Option(help="A folder with definitions for lm-eval of your own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as saved; CPUs: what is fast), float32, float16 or bfloat16.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of questions, planted outliers and intervals.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help=f"A folder; rows go to {FILE} in it, and a later run goes on.")

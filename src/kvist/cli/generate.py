@@ -10,11 +10,13 @@ from transformers import TextStreamer
 
 from kvist.attention import attach
 from kvist.cache.cache import Cache
+from kvist.cli import prompts
 from kvist.cli.show import size
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 DEFAULT = "kivi:2"
+BILLED = {"4K": 4096, "32K": 32768}  # tokens
 
 
 class Clock(TextStreamer):
@@ -49,7 +51,9 @@ class Session:
         chunk: int,
         sampling: dict,
         seed: int,
+        raw: bool = False,
     ):
+        self.raw = raw or tokenizer.chat_template is None
         self.model, self.tokenizer, self.chunk, self.sampling = model, tokenizer, chunk, sampling
         if file:
             self.cache = Cache.load(file, model, recipe)
@@ -60,6 +64,7 @@ class Session:
         self.stored: list[int] = []  # ids behind them
         self.pending: list[int] = []  # written but not stored yet: the last token of a turn
         self.prompt_tokens = self.new_tokens = self.decoded = 0
+        self.ended_at_once = False
         self.prefill_seconds = self.decode_seconds = 0.0
         torch.manual_seed(seed)
         if model.device.type == "cuda":
@@ -73,12 +78,16 @@ class Session:
         """A prompt's ids; special tokens at the start of a text only."""
         return self.tokenizer(text, add_special_tokens=self.before + len(self.stored) == 0)["input_ids"]
 
-    def turn(self, turns: list[dict[str, str]]) -> list[int]:
+    def turn(self, turns: list[dict[str, str]], end: str = "\n") -> list[int]:
         """The ids of a conversation that the cache does not hold yet. What it holds beyond the common beginning, as
-        where a template writes an old turn differently, is cropped."""
-        if self.tokenizer.chat_template is None or self.before:
-            return self.pending + self.encode(("\n" if self.stored else "") + turns[-1]["content"] + "\n")
-        ids = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+        where a template writes an old turn differently, is cropped. `end` closes a turn where there is no template."""
+        said = turns[-1]["content"]
+        if self.raw:
+            return self.pending + self.encode(("\n" if self.stored else "") + said + end)
+        if self.before:
+            ids = prompts.next_turn(self.tokenizer, said)
+            return self.pending + (ids[1:] if self.pending == ids[:1] else ids)
+        ids = prompts.conversation(self.tokenizer, turns)
         same = next((i for i, (a, b) in enumerate(zip(self.stored, ids, strict=False)) if a != b), len(self.stored))
         same = min(same, len(ids) - 1)
         if same < len(self.stored):
@@ -116,6 +125,7 @@ class Session:
         written = self._given + clock.tokens
         held = self.cache.get_seq_length() - self.before - len(self.stored)
         self.stored, self.pending = self.stored + written[:held], written[held:]
+        self.ended_at_once = prompts.at_once(clock.tokens, self._ends())
         self.text = self.tokenizer.decode(clock.tokens, skip_special_tokens=True)
         self.prompt_tokens, self.new_tokens = self.prompt_tokens + len(self._given), self.new_tokens + len(clock.tokens)
         if clock.times:
@@ -123,15 +133,22 @@ class Session:
             self.decode_seconds += clock.times[-1] - clock.times[0]
             self.decoded += len(clock.times) - 1
 
+    def _ends(self) -> list[int]:
+        found = self.model.generation_config.eos_token_id
+        return found if isinstance(found, list) else [] if found is None else [found]
+
     def _padding(self) -> int | None:
-        config = self.model.generation_config
-        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-        return end if config.pad_token_id is None else config.pad_token_id
+        padding = self.model.generation_config.pad_token_id
+        return next(iter(self._ends()), None) if padding is None else padding
 
     def figures(self, attached: bool) -> dict:
         """What the run took, as plain data."""
         report, slots = self.cache.report(), self.cache.get_seq_length()
         cuda = self.model.device.type == "cuda"
+        shape, advice = self.cache.describes.shape, None
+        if self.ended_at_once:
+            template = self.tokenizer.chat_template is not None
+            advice = prompts.advice(self.raw, template, not self.sampling["do_sample"])
         peak = torch.cuda.max_memory_allocated(self.model.device) if cuda else _resident()
         return {
             "method": str(self.cache.recipe),
@@ -143,6 +160,11 @@ class Session:
             "reserve": self.reserve,
             "reserve_exceeded": bool(self.reserve) and slots > self.reserve,
             "cache": report.to_dict(),
+            "room_for_tokens": self._room(report.nbytes),
+            "bill": {label: self._bill(tokens) for label, tokens in BILLED.items()},
+            "dtype": _name(self.model.dtype),
+            "exact_dtype": _name(shape.stored(any(plan.packs for plan in self.cache.recipe.layers))),
+            "ended_at_once": advice,
             "bits_per_element": report.bits_per_element,
             "bytes": report.nbytes,
             "bytes_16_bit_arithmetic": report.exact_bytes,
@@ -151,6 +173,26 @@ class Session:
             "peak_memory_bytes": peak,
             "peak_memory_is": "CUDA allocations" if cuda else "resident set of the process",
         }
+
+    def _bill(self, tokens: int) -> dict:
+        """What a prompt of so many tokens will take, with room reserved for just them, beside 16 bits."""
+        shape, nbytes = self.cache.describes.shape, self.cache.bill(tokens, reserve=tokens)
+        elements = len(self.cache.ours) * tokens * shape.heads * (shape.key_dim + shape.value_dim)
+        return {"bytes": nbytes, "bits_per_element": 8 * nbytes / elements, "bytes_16_bit": 2 * elements}
+
+    def _room(self, nbytes: int) -> int:
+        """The most tokens that `nbytes` hold, by the bill."""
+        few, many = 0, 1
+        while self.cache.bill(many, self.reserve) <= nbytes:
+            few, many = many, 2 * many
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (middle, many) if self.cache.bill(middle, self.reserve) <= nbytes else (few, middle)
+        return max(few, self.cache.get_seq_length())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _resident() -> int | None:
@@ -164,20 +206,20 @@ def _resident() -> int | None:
 
 def sentences(figures: dict) -> list[str]:
     """The figures for people."""
-    used = sum(figures["cache"]["used"].values())
-    ratio = figures["bytes_16_bit_arithmetic"] / figures["bytes"] if figures["bytes"] else 0
-    plain = size(figures["bytes_16_bit_arithmetic"])
+    used = size(sum(figures["cache"]["used"].values()))
     speeds = [
         f"{name} {figures[key]:.1f} tokens/s" if figures[key] else f"{name} not measured"
         for name, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"))
     ]
     read, written, held = (figures[k] for k in ("prompt_tokens", "new_tokens", "cached_tokens"))
-    ours, bits = size(figures["bytes"]), figures["bits_per_element"]
+    room = f"{size(figures['bytes'])} allocated, room for {figures['room_for_tokens']}"
+    kept = "" if figures["exact_dtype"] == figures["dtype"] else f", exact tokens kept in {figures['exact_dtype']}"
     lines = [
         figures["method"],
         f"  tokens   {read} read, {written} written, {held} in the cache",
-        f"  cache    {ours} allocated, {size(used)} used, {bits:.2f} bits per element",
-        f"  16-bit   {plain} for the same tokens, by arithmetic; {_compared(ratio)}",
+        f"  cache    {used} used by {held} tokens; {room}",
+        *(f"  at {label:<6}{_billed(bill)}" for label, bill in figures["bill"].items()),
+        f"  types    computed in {figures['dtype']}{kept}",
         f"  speed    {', '.join(speeds)}"
         + ("" if figures["attached"] else " (not attached: pages are decoded each step)"),
     ]
@@ -186,10 +228,13 @@ def sentences(figures: dict) -> list[str]:
         lines.append(f"  memory   {peak} at the peak ({figures['peak_memory_is']}, weights included)")
     if figures["reserve_exceeded"]:
         lines.append(f"  reserve  {held} tokens are more than the {figures['reserve']} reserved: the cache grew")
+    if figures["ended_at_once"]:
+        lines.append(f"  ended    the first token was end-of-text; {figures['ended_at_once']}")
     return lines
 
 
-def _compared(ratio: float) -> str:
-    if ratio >= 1:
-        return f"ours is {ratio:.2f} times smaller"
-    return "ours is larger: its windows and pages have room for more tokens than these"
+def _billed(bill: dict) -> str:
+    ratio = bill["bytes_16_bit"] / bill["bytes"]
+    than = f"{ratio:.2f} times smaller than" if ratio >= 1 else f"{1 / ratio:.2f} times larger than"
+    bits = f"{bill['bits_per_element']:.2f} bits per element"
+    return f"{size(bill['bytes'])} by the bill, {bits}, {than} 16 bits ({size(bill['bytes_16_bit'])})"

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, dump, put, size, table
+from kvist.cli.show import MODEL, Json, dump, put, size, table
 
 LENGTHS = {"4K": 4096, "32K": 32768, "128K": 131072}
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     method: Annotated[
         list[str] | None,
         typer.Option("--method", "-m", help="'kivi:2', 'kivi k=2 v=4', or a recipe's JSON file; repeatable."),

@@ -28,7 +28,7 @@ def outline(name: str):
 
 
 def load(name: str, device: str, dtype: str):
-    """The model, in evaluation mode, and its tokenizer."""
+    """The model, in evaluation mode, and its tokenizer. "auto": as saved; on a CPU, what it is fast in."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -38,7 +38,17 @@ def load(name: str, device: str, dtype: str):
     read_config(name)
     tokenizer = _checked(name, lambda: AutoTokenizer.from_pretrained(name))
     model: Any = _checked(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=kind))
+    if kind == "auto" and place.type == "cpu":
+        from kvist.bench.memory import free
+        from kvist.models.precision import suit
+
+        model = suit(model, free(place))
     return model.to(place).eval(), tokenizer
+
+
+def for_gradients(device: str, dtype: str) -> str:
+    """--dtype of work that takes long and passes backward: on a CPU, fp32 where nothing is asked for."""
+    return "float32" if dtype == "auto" and placed(device).type == "cpu" else dtype
 
 
 def found(name: str) -> str:

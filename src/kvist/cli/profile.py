@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Bars, Json, check_plot, console, dump, parse_choices, put, table
+from kvist.cli.show import MODEL, Bars, Json, check_plot, console, dump, parse_choices, put, table
 
 CHOICES = (1, 2, 3, 4, 8)
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     prompts: Annotated[
         str,
         typer.Option(help="wikitext2, c4, a name in --data-dir, a text file (also .xz), or .jsonl with prompts."),
@@ -28,7 +28,10 @@ def profile(
     seed: Annotated[int, typer.Option(help="Of the prompts that are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto (as saved; float32 for float16, whose gradients underflow), float32 or bfloat16.")
+        str,
+        typer.Option(
+            help="auto (as saved; CPUs, and float16, whose gradients underflow: float32), float32 or bfloat16."
+        ),
     ] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw the scores, prompt by prompt, to this PNG file.")] = None,
     json: Json = False,
@@ -48,9 +51,9 @@ def profile(
 
     from kvist.calibrate import text
     from kvist.calibrate.sensitivity import profile as measure
-    from kvist.cli.models import load
+    from kvist.cli.models import for_gradients, load
 
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, for_gradients(device, dtype))
     if str(loaded.dtype) == "torch.float16":
         loaded = loaded.float()
     drawn, digest = text.draw(tokenizer, prompts, data_dir, samples, seqlen, seed)

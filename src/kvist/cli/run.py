@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, console, dump
+from kvist.cli.show import MODEL, Json, console, dump, size
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     method: Annotated[
         str | None,
         typer.Option(
@@ -24,6 +24,10 @@ def run(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="A text file that holds the prompt.")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="A system prompt, for the model's chat template.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk: one cache over all turns; an empty line ends it.")
     ] = False,
@@ -42,7 +46,9 @@ def run(
         bool, typer.Option(help="Attention that reads packed pages; without, they are decoded each step.")
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as saved; CPUs: what is fast), float32, float16 or bfloat16.")
+    ] = "auto",
     save_cache: Annotated[Path | None, typer.Option(help="Write the cache to this file at the end.")] = None,
     load_cache: Annotated[Path | None, typer.Option(help="Go on from the cache in this file.")] = None,
     json: Json = False,
@@ -51,6 +57,7 @@ def run(
 
     Examples: kvist run Qwen/Qwen3-0.6B --method kivi:2 --prompt 'Once upon a time' --greedy;
     kvist run ./my-model -m 'kivi k=2 v=4' --prompt-file book.txt --reserve 140000;
+    kvist run smollm2 -m kivi:4 -p 'What is the capital of France?' --greedy;
     kvist run ./my-model --chat --save-cache talk.kvist;
     kvist run ./my-model -m 'kivi recent=64' --allocation alloc.json --prompt-file book.txt
     """
@@ -66,6 +73,8 @@ def run(
         raise ValueError(f"--temperature must be above 0, found {temperature}; --greedy takes the likeliest token")
     if load_cache and (reserve or prefill):
         raise ValueError("--load-cache brings its own --reserve and --prefill; leave them out")
+    if load_cache and system is not None:
+        raise ValueError("--system begins a conversation, and --load-cache goes on with one; give one of them")
     if load_cache and not load_cache.is_file():
         raise ValueError(f"expected a cache written by --save-cache at {load_cache}, found no file")
     if save_cache and not save_cache.parent.is_dir():
@@ -80,15 +89,17 @@ def run(
 
     from kvist.cli.generate import Session
     from kvist.cli.models import load
+    from kvist.cli.prompts import check_system, opening
 
     loaded, tokenizer = load(model, device, dtype)
+    check_system(tokenizer, system, raw)
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
-    session = Session(loaded, tokenizer, recipe, reserve, prefill, load_cache, chunk, sampling, seed)
+    session = Session(loaded, tokenizer, recipe, reserve, prefill, load_cache, chunk, sampling, seed, raw)
     with session.attached(attach):
         if chat:
-            _talk(session, max_new_tokens)
+            _talk(session, max_new_tokens, system)
         else:
-            session.write(session.encode(text), max_new_tokens, stream=not json)
+            session.write(session.turn(opening(text, system), end=""), max_new_tokens, stream=not json)
     if save_cache:
         session.cache.save(save_cache)
     figures = session.figures(attach)
@@ -108,7 +119,9 @@ def _read(path: Path) -> str:
         raise ValueError(f"the prompt's file {path} cannot be read: {reason}") from None
 
 
-def _talk(session, max_new_tokens: int) -> None:
+def _talk(session, max_new_tokens: int, system: str | None) -> None:
+    from kvist.cli.prompts import opening
+
     aside = console(stderr=True)
     aside.print("One cache over all turns; an empty line or Ctrl-D ends the talk.")
     turns: list[dict[str, str]] = []
@@ -120,11 +133,12 @@ def _talk(session, max_new_tokens: int) -> None:
             break
         if not said.strip():
             break
-        turns.append({"role": "user", "content": said})
+        turns += opening(said, None if turns else system)
         try:
             session.write(session.turn(turns), max_new_tokens, stream=True)
         except KeyboardInterrupt:
             session.interrupted()
         turns.append({"role": "assistant", "content": session.text})
         report = session.cache.report()
-        aside.print(f"[{session.cache.get_seq_length()} tokens, {report.bits_per_element:.2f} bits per element]")
+        used = size(sum(report.used.values()))
+        aside.print(f"[{session.cache.get_seq_length()} tokens, {used} used, {size(report.nbytes)} allocated]")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+MODEL = "A model's folder, GGUF file or name on the Hugging Face Hub, or smollm2."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Method = Annotated[
     str,
@@ -61,7 +62,9 @@ class Bars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress, self.tasks = Progress(*columns, console=console(stderr=True)), {}
+        # steps may take minutes: the time left is told from those of the last hour, not of the last 30 seconds
+        self.progress = Progress(*columns, console=console(stderr=True), speed_estimate_period=3600)
+        self.tasks = {}
         self.progress.__enter__()
         return self
 

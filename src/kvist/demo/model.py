@@ -26,14 +26,20 @@ def recipe(text: str, name: str = BUNDLED) -> Recipe:
 
 
 def load(name: str = BUNDLED, dtype: str = "auto") -> tuple[Any, Any]:
-    """The bundled model, or another that `kvist.models.find` knows ("smollm2"), in evaluation mode, and its tokenizer.
-    `dtype`: "auto" is that of the weights. Nothing is downloaded."""
+    """The bundled model, or another that `kvist.models.find` knows ("smollm2"), on the CPU, in evaluation mode, and its
+    tokenizer. `dtype`: "auto" is that of the bundled weights, and what this CPU is fast in for other models, whose
+    caches then keep exact tokens as the weights were saved. Nothing is downloaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
+
+    from kvist.bench.memory import free
+    from kvist.models.precision import suit
 
     disable_progress_bar()
     folder = FOLDER if name == BUNDLED else find(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+    if dtype == "auto" and name != BUNDLED:
+        model = suit(model, free(model.device))
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -27,8 +27,8 @@ _KEPT: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def keep(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Note that caches of `model` keep exact tokens in `dtype` where they pack: the type its weights were saved in. None
-    forgets it."""
+    """Note that caches of `model` keep exact tokens in `dtype` where they pack, the type its weights were saved in;
+    None: as the model computes."""
     if dtype is None:
         _KEPT.pop(model, None)
     else:
@@ -39,6 +39,19 @@ def kept(model: nn.Module) -> torch.dtype | None:
     """What `keep` noted; None where nothing was, or where it is what the model computes in."""
     noted = _KEPT.get(model) if isinstance(model, nn.Module) else None
     return None if noted == getattr(model, "dtype", None) else noted
+
+
+def suit(model: nn.Module, free: int) -> nn.Module:
+    """A model on a CPU, as it was saved, made to compute in what is fast there; caches keep exact tokens as it was
+    saved. One whose weights are quantized stays as it is. `free`: bytes of memory that may be taken."""
+    saved = model.dtype
+    kind = fast(saved, sum(weight.numel() for weight in model.parameters()), free)
+    if kind == saved or getattr(model, "hf_quantizer", None) is not None:
+        return model
+    model = model.to(kind)
+    model.config.dtype = kind
+    keep(model, saved)
+    return model
 
 
 def fast(saved: torch.dtype, elements: int, free: int) -> torch.dtype:
