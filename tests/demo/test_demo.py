@@ -80,8 +80,9 @@ def test_exact_answers_are_those_of_transformers(bundled, document):
     """The batch with padding between document and question gives what one plain sequence gives."""
     model, asked = bundled[0].float(), document.questions[:3]
     try:
-        with torch.inference_mode(), kvist.attach(model):
-            with measure.filled(model, parse("exact"), measure.read(model, document).states) as cache:
+        with torch.inference_mode():
+            states = measure.read(model, document).states
+            with measure.filled(model, parse("exact"), states) as cache, kvist.attach(model):
                 logits = measure.answers(model, cache, len(document.ids), asked)
         with torch.inference_mode():
             for question, row in zip(asked, logits, strict=True):

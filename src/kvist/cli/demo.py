@@ -69,7 +69,7 @@ def demo(
 
 
 def _methods(name: str, chosen: list[str] | None):
-    """Names and recipes, the baseline and `exact` first; of those compared by default, what the model has tables for."""
+    """Names and recipes, the baseline and `exact` first; by default those that need no tables, or have them."""
     from kvist.demo.measure import BASELINE
     from kvist.demo.model import FITTED, recipe
     from kvist.methods import parse
@@ -90,14 +90,14 @@ def _text(document: Path | None) -> str:
 
 
 def _load(name: str):
-    """Model and tokenizer on the CPU, and the type in which tokens that wait are kept: fp32, which most processors
-    multiply fastest, and the type of the saved weights; the bundled model as it was saved."""
+    """Model and tokenizer on the CPU in fp32, which is exact and what most processors multiply fastest; and the type of
+    the saved weights, in which methods that pack keep the tokens that wait."""
     from kvist.cli.models import load, read_config
     from kvist.demo.model import BUNDLED, FOLDER
     from kvist.models.precision import keep
 
     folder = str(FOLDER) if name == BUNDLED else name
-    model, tokenizer = load(folder, "cpu", "auto" if name == BUNDLED else "float32")
+    model, tokenizer = load(folder, "cpu", "float32")
     saved = read_config(folder).dtype or model.dtype
     keep(model, saved)
     return model, tokenizer, saved

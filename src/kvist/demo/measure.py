@@ -160,7 +160,7 @@ def _scored(model, known: Read, recipe: Recipe | None) -> Tokens:
 
 
 def _ask(model, result: Result, known: Read, recipe: Recipe | None) -> None:
-    """A fact is found if each token of the answer is the first choice after those before it, as greedy decoding goes."""
+    """A fact is found if each token of the answer is the first choice after those before it, as if decoded greedily."""
     every = known.document.questions
     for questions in (every[i : i + ROWS] for i in range(0, len(every), ROWS)):
         with filled(model, recipe, known.states) as cache, _reading(model, recipe):

@@ -1,6 +1,5 @@
 """What the demo leaves behind: results.json and a picture of fidelity and answers against bytes, each whole or not."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from kvist.demo.measure import ANSWER, BASELINE, ROOM, STEP, Result
 
 CAPTION = (
     "Bits per number of the cache: used, those that hold tokens now; at 8K and 32K, what the method allocates for a "
-    f"text of that length, by its bill. MiB: all that is allocated, with room for {ROOM} more tokens. Used bits and MiB "
-    "are counted from the tensors. KL and top-1: {scored} tokens of text behind the others, "
-    f"{STEP} at a time; how far the distribution of the next token is from that of {BASELINE}, and how often both put "
-    "the same token first. Found: every token of a fact's answer is the model's first choice. Tokens/s: one row, median "
-    f"of {ANSWER} steps, the methods in turns. {BASELINE} is transformers' own cache in {{dtype}}, as the model "
-    "computes; methods that pack keep the tokens that wait in {kept}."
+    f"text of that length, by its bill. MiB: all that is allocated, with room for {ROOM} more tokens. Used bits and "
+    "MiB are counted from the tensors. KL and top-1: {scored} tokens behind the rest of the document, "
+    f"{STEP} at a time: how far the distribution of the next token is from {BASELINE}'s, and how often both put the "
+    "same token first. Found: each token of the answer is the model's first choice. Tokens/s: one row, median of "
+    f"{ANSWER} steps, the methods in turns. {BASELINE} is transformers' own cache, in {{dtype}} as the model computes; "
+    "methods that pack keep the tokens that wait in {kept}. "
+    f"{BASELINE}'s own KL is rounding: the same tokens at once, or {STEP} at a time."
 )
 MARKERS = "osD^vPX<>*hp"
 LEAST = 1e-9  # nats: a KL below is rounding in the last place of fp32
