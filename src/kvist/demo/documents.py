@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 ROOM = Path(__file__).parent
-SHORTEST, LONGEST = 1700, 1900  # tokens
+SHORTEST, LONGEST, SCORED = 1700, 1900, 256  # tokens
 PER_DOCUMENT = {"pass key": 1, "magic number": 4, "assignment": 4, "table": 3}
 TABLE_LINES = 24  # the model looks a word up best where the table ends the document, as in training
 CITIES = ("Paris", "Oslo", "Lima", "Kyoto", "Boston", "Cairo", "London", "Rome", "Madrid", "Berlin", "Vienna", "Athens")
@@ -36,11 +36,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text with facts in it, its token ids, and the questions about it."""
+    """A text with facts in it, its token ids, and the questions about it. scored: its last tokens, whose next-token
+    distributions are compared. open: a question that is answered freely."""
 
     text: str
     ids: tuple[int, ...]
     questions: tuple[Question, ...]
+    scored: int
+    open: Question
 
 
 def documents(tokenizer, questions: int, seed: int = 0) -> list[Document]:
@@ -66,7 +69,8 @@ def _document(tokenizer, random_: random.Random, most: int) -> Document:
     text = "".join(pieces).strip() + table
     asked = random_.sample(asked, min(most, len(asked)))
     ids = (tokenizer.bos_token_id, *_ids(tokenizer, text))
-    return Document(text, ids, tuple(_question(tokenizer, *fact) for fact in asked))
+    questions = tuple(_question(tokenizer, *fact) for fact in asked)
+    return Document(text, ids, questions, SCORED, questions[0])
 
 
 def _facts(random_: random.Random) -> tuple[list[str], str, list[tuple[str, str, str]]]:

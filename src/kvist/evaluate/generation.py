@@ -147,16 +147,16 @@ def _decode(model, tokenizer, cache: TransformersCache, mask: Tensor, prompts: S
     token = forward(model, cache, asked, mask, 1).argmax(-1)
     written: list[list[int]] = [[] for _ in prompts]
     texts: list[str | None] = [None] * len(prompts)
-    ends = _ends(model, tokenizer)
+    last = ends(model, tokenizer)
     for _ in range(max(prompt.most for prompt in prompts)):
         for row, (prompt, new) in enumerate(zip(prompts, token[:, 0].tolist(), strict=True)):
             if texts[row] is not None:
                 continue
-            if new not in ends:
+            if new not in last:
                 written[row].append(new)
             text = tokenizer.decode(written[row], skip_special_tokens=True)
             cut = min((text.find(stop) for stop in prompt.stops if stop in text), default=None)
-            if cut is not None or new in ends or len(written[row]) >= prompt.most:
+            if cut is not None or new in last or len(written[row]) >= prompt.most:
                 texts[row] = text if cut is None else text[:cut]
         if all(text is not None for text in texts):
             break
@@ -165,7 +165,7 @@ def _decode(model, tokenizer, cache: TransformersCache, mask: Tensor, prompts: S
     return [text or "" for text in texts]
 
 
-def _ends(model, tokenizer) -> set[int]:
+def ends(model, tokenizer) -> set[int]:
     """Tokens that end a text, by the model's generation settings and its tokenizer."""
     found = getattr(model.generation_config, "eos_token_id", None)
     listed = found if isinstance(found, list) else [found]
