@@ -22,12 +22,13 @@ from kvist.methods import parse
 
 pytest.importorskip("cuda.bindings")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-DIM, HEADS = attend_cuda.DIM, 2
+DIM, HEADS = 128, 2
 RUN = """
-extern "C" void run(const Call* call, int parts, int cells, int bytes, int backward) {
-  launch([](const Call& c) { decode(c); }, *call, parts, cells, WARPS * 32, bytes, backward);
+extern "C" void run(const Call* call, int blocks, int bytes, int backward) {
+  launch([](const Call& c) { decode(c); }, *call, blocks, WARPS * 32, bytes, backward);
 }
 """
+TUNING = attend_cuda.Tuning(span=32, stages=2, warps=2, blocks=1)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def build(tmp_path_factory):
 
     @cache
     def built(cell, bulk):
-        macros = cell._asdict() | {"WARPS": 2, "STAGES": 2, "LOOSE": attend_cuda.LOOSE, "BULK": int(bulk)}
+        macros = cell._asdict() | attend_cuda.macros_of(TUNING) | {"BULK": int(bulk)}
         name = folder / f"{abs(hash((cell, bulk)))}.so"
         options = [f"-D{k}={v}" for k, v in macros.items()]
         flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -59,20 +60,19 @@ def filled(text, updates, batch=2, dtype=torch.float32, size=1.0):
     return layer
 
 
-def attended(build, layer, q, splits=2, bulk=True, backward=False, **options):
+def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
     """What the kernel says, and what the parts say."""
     view, scale = View.after(layer), DIM**-0.5
     expected = view.attend(q, scale, **options)
     key, value = layer.tracks
     call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
     call = call._replace(**options)
-    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, DIM, call)
+    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, q.shape[-1], call)
     assert cell is not None and not attend_cuda.unserved(key.codec.traits, value.codec.traits)
     sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
-    argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, splits)
+    argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, blocks)
     out.fill_(torch.nan)
-    nbytes = max(4 * cell.page_bytes, 2 * 8 * DIM * 4)
-    build(cell, bulk).run(ctypes.byref(argument), argument.parts, len(q) * HEADS, nbytes, int(backward))
+    build(cell, bulk).run(ctypes.byref(argument), blocks, cell.shared(TUNING, blocks), int(backward))
     assert not call.counters.any()
     return out, expected
 
@@ -122,7 +122,7 @@ def test_scales_that_grow_along_the_context(build):
     for size in (1e-4, 1e-2, 1.0, 1e3):
         rows.extend(1, 160, None)
         layer.update(*(size * torch.randn(1, HEADS, 160, DIM) for _ in range(2)))
-    agree(*attended(build, layer, torch.randn(1, 6, 1, DIM) * 1e-3, splits=1))
+    agree(*attended(build, layer, torch.randn(1, 6, 1, DIM) * 1e-3, blocks=1))
 
 
 def test_queries_of_speculative_decoding_see_no_later_token(build):
@@ -148,8 +148,8 @@ def test_any_order_of_blocks_gives_the_same(build):
     torch.manual_seed(7)
     layer = filled("kivi:2", (700, 1))
     q = torch.randn(2, 6, 1, DIM)
-    forward, _ = attended(build, layer, q, splits=4)
-    assert torch.equal(forward, attended(build, layer, q, splits=4, backward=True)[0])
+    forward, _ = attended(build, layer, q, blocks=7)
+    assert torch.equal(forward, attended(build, layer, q, blocks=7, backward=True)[0])
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
