@@ -51,18 +51,18 @@ def build(tmp_path_factory):
     return built
 
 
-def filled(text, updates, batch=2, dtype=torch.float32, size=1.0):
+def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
     made, rows = parse(text), Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
     for tokens in updates:
         rows.extend(batch, tokens, None)
-        layer.update(*((size * torch.randn(batch, HEADS, tokens, DIM)).to(dtype) for _ in range(2)))
+        layer.update(*((size * torch.randn(batch, HEADS, tokens, dim)).to(dtype) for _ in range(2)))
     return layer
 
 
 def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
     """What the kernel says, and what the parts say."""
-    view, scale = View.after(layer), DIM**-0.5
+    view, scale = View.after(layer), q.shape[-1] ** -0.5
     expected = view.attend(q, scale, **options)
     key, value = layer.tracks
     call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
@@ -91,12 +91,27 @@ def agree(found, expected, rounding=4e-3):
         ("kivi k=4 v=2 group=64", (430, 1)),
         ("kivi k=2 v=4 group=128 recent=128", (600, 1)),
         ("kivi:2 recent=32 values=block", (300, 1)),
+        ("kivi:3 group=64", (430, 1)),
+        ("kivi k=1 v=8 recent=32", (300, 1)),
+        ("kivi k=8 v=3 recent=32", (300, 1)),
+        ("kivi k=2 v=1 recent=32", (300, 1)),
+        ("int4", (300, 1)),
+        ("int8", (200, 1)),
+        ("hadamard:4", (300, 1)),
+        ("hadamard:2", (300, 1, 1)),
     ],
 )
 def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
     torch.manual_seed(len(text))
     layer = filled(text, updates)
     agree(*attended(build, layer, torch.randn(2, 6, 1, DIM), bulk=bulk))
+
+
+@pytest.mark.parametrize("text", ["kivi:2", "kivi:4", "kivi:3", "int4", "hadamard:4"])
+def test_heads_of_64_channels(text, build):
+    torch.manual_seed(8)
+    layer = filled(text, (300, 1), dim=64)
+    agree(*attended(build, layer, torch.randn(2, 6, 1, 64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -169,9 +184,8 @@ def test_what_it_does_not_serve_is_named():
         return " ".join(attend_cuda.unserved(*(side.codec.traits for side in plan.sides)))
 
     assert not reasons("kivi:2") and not reasons("kivi k=4 v=2")
-    assert "keys are not uniform numbers of 2 or 4 bits" in reasons("kivi:3")
-    assert "along 32, 64 or 128 tokens" in reasons("int4")
-    assert "another space" in reasons("hadamard:4")
+    assert not any(map(reasons, ("kivi:3", "kivi:8", "kivi:1", "int4", "int8", "hadamard:4")))
+    assert "keys are not uniform" in reasons("kvquant:4")
 
 
 def test_it_is_chosen_for_what_it_serves_alone():
@@ -181,11 +195,13 @@ def test_it_is_chosen_for_what_it_serves_alone():
         fast, _ = decode_attention(*traits, torch.device("cuda"), *shape)
         return fast.func.__module__.rsplit(".", 1)[-1]
 
-    assert chosen("kivi:2", (128, 128), 8) == "attend_cuda"
+    for text, *shape in (("kivi:2", (128, 128), 8), ("kivi:2", (64, 64), 4), ("hadamard:4", (128, 128), 4)):
+        assert chosen(text, *shape) == "attend_cuda"
     for text, *shape in (
-        ("kivi:2", (64, 64), 4),
+        ("kivi:2", (80, 80), 4),
+        ("kivi:1", (64, 64), 4),
         ("kivi:2", (128, 128), 16),
         ("logquant:2", (128, 128), 4, True),
-        ("kivi:3", (128, 128), 4),
+        ("kvquant:4", (128, 128), 4),
     ):
         assert chosen(text, *shape) == "decode_triton"

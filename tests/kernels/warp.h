@@ -15,6 +15,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -78,6 +79,9 @@ static u16 to_brain(float x) { const u32 u = __float_as_uint(x); return (u + 0x7
 static u32 halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u32 brains(float low, float high) { return to_brain(low) | (u32)to_brain(high) << 16; }
 static u32 hmul2(u32 a, u32 b) { return halves(number(a) * number(b), number(a >> 16) * number(b >> 16)); }
+static u32 hfma2(u32 a, u32 b, u32 c) {
+  return halves(number(a) * number(b) + number(c), number(a >> 16) * number(b >> 16) + number(c >> 16));
+}
 static u32 hmax2(u32 a, u32 b) { return halves(fmaxf(number(a), number(b)), fmaxf(number(a >> 16), number(b >> 16))); }
 static float ex2(float x) { return exp2f(x); }
 static u32 prmt(u32 a, u32 b, u32 selector) {

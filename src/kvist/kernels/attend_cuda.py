@@ -92,6 +92,8 @@ def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
             reasons.append(f"{side} keep outliers, or are stored before a rotary embedding")
     if key.hadamard != value.hadamard:
         reasons.append("one side alone is stored in Hadamard space")
+    if value.hadamard and value.group:
+        reasons.append("values in Hadamard space share ranges along less than a head")
     if (key.group not in (32, 64, 128) or key.across_heads) if key.along == "tokens" else key.group:
         reasons.append("keys share ranges neither along 32, 64 or 128 tokens nor along all channels of a token")
     if value.along != "channels" or value.group not in (0, 32, 64, 128):

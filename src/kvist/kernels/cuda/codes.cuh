@@ -12,6 +12,9 @@ constexpr float K_UNIT = 16777216.0f, V_UNIT = 16777216.0f;  // 2^24: a code is 
 constexpr int NW = KW / 16;
 __device__ __forceinline__ int key_channel(int t, int i) { return i % KF * KW + 4 * (t * NW + i / KF); }
 
+// 2^lift, less as many bits as product i's codes lie up in their bytes, twice as a half.
+__device__ __forceinline__ u32 fold(int lift, int i) { return 0x00010001u * ((15 + lift - KL * (i % KF)) << 10); }
+
 // Numbers stored per channel at `from`, in the order of the keys' products: pairs.
 __device__ __forceinline__ void per_channel(const char* from, int t, u32* x) {
   if (NW == 1) {

@@ -8,6 +8,7 @@
 #include "packed.cuh"
 
 constexpr int THREADS = WARPS * 32, QUADS = ROWS * D / 4;  // fours of numbers of a cell's output
+constexpr int FLIGHT = 12;                                 // parts that a thread asks for before it adds the first
 constexpr int LANE = D / 32;                               // channels of a lane where a warp holds a row
 
 // A row spread over a warp, LANE neighbouring channels a lane, turned by Hadamard's matrix.
@@ -132,11 +133,17 @@ __device__ __forceinline__ void merge(const Call& c, const Deal& deal, const Cel
   for (int e = threadIdx.x; e < QUADS * GROUPS; e += THREADS) {
     const int quad = e % QUADS, group = e / QUADS, r = quad / (D / 4);
     float o[4] = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int i = group; i < n; i += GROUPS) {
-      const float4 y = *(const float4*)(c.part + place(i) * ROWS * D + 4 * quad);
-      const float by = w[i * ROWS + r];
-      o[0] += y.x * by, o[1] += y.y * by, o[2] += y.z * by, o[3] += y.w * by;
+    for (int first = group; first < n; first += GROUPS * FLIGHT) {
+      float4 y[FLIGHT];
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+        if (first + i * GROUPS < n) y[i] = *(const float4*)(c.part + place(first + i * GROUPS) * ROWS * D + 4 * quad);
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+        if (first + i * GROUPS < n) {
+          const float by = w[(first + i * GROUPS) * ROWS + r];
+          o[0] += y[i].x * by, o[1] += y[i].y * by, o[2] += y[i].z * by, o[3] += y[i].w * by;
+        }
     }
     if (GROUPS == 1)
       put(c, rows, x, quad, m[r], l[r], o);

@@ -36,16 +36,15 @@ __device__ __forceinline__ void begin(Walk& me, const Call& c, int lane) {
   me.base0 = me.base1 = -NONE;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) me.acc[i][0] = me.acc[i][1] = me.acc[i][2] = me.acc[i][3] = 0;
-  me.zero[0] = me.zero[1] = me.zero[2] = me.zero[3] = 0;
+  me.zero[0] = me.zero[1] = me.zero[2] = me.zero[3] = me.centre[0] = me.centre[1] = me.centre[2] = me.centre[3] = 0;
 }
 
 // Queries as packed keys meet them.
 __device__ __forceinline__ void meet_packed(Walk& me, const Queries& q) {
+  if (KR) {
+    per_channel((const char*)(q.meeting_packed() + me.g * QROW), me.t, me.queries);
 #pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const uint2 x = *(const uint2*)(q.meeting_packed() + me.g * QROW + key_channel(me.t, i));
-    const u32 by = 0x00010001u * ((15 + LIFT - (KT ? 0 : KL * (i % KF))) << 10);  // a power of two as a half
-    me.queries[i][0] = hmul2(x.x, by), me.queries[i][1] = hmul2(x.y, by);
+    for (int i = 0; i < 2 * STEPS; i++) me.queries[i] = hmul2(me.queries[i], fold(LIFT, i / 2));
   }
   me.f0 = q.packed_unit[2 * me.t], me.f1 = q.packed_unit[2 * me.t + 1];
   me.z0 = q.added[2 * me.t], me.z1 = q.added[2 * me.t + 1];
@@ -163,7 +162,8 @@ __device__ __forceinline__ void leave(const Walk& me, float* so, float* sm, floa
   for (int i = 0; i < STEPS; i++) {
     const float* x = me.acc[i];
     const int d = value_channel(g, i), k = value_group(i);
-    const float z0 = __shfl_sync(~0u, me.zero[0], k * 4 + t), z1 = __shfl_sync(~0u, me.zero[1], k * 4 + t);
+    float z0 = __shfl_sync(~0u, me.zero[0], k * 4 + t), z1 = __shfl_sync(~0u, me.zero[1], k * 4 + t);
+    if (TURN) z0 -= CENTRE * me.centre[0], z1 -= CENTRE * me.centre[1];
     const float unit = V_UNIT / (1 << value_shift(i));
     float *to = so + 2 * t * D + d, *beside = to + D;
     if (2 * t < ROWS) to[0] = x[0] * unit + z0, to[1] = x[2] * unit + z0;

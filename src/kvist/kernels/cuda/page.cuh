@@ -11,6 +11,8 @@
 #include "codes.cuh"
 
 constexpr float HEADROOM = 4.0f;  // log2 by which scores may pass the largest before all sums are rescaled
+constexpr u32 ONES = 0x3C003C00u;
+constexpr float CENTRE = ((1 << VB) - 1) / 2.0f;  // of the codes of values
 constexpr int CHUNK = SPAN < 32 ? SPAN : 32, TILES = CHUNK / 16;  // tokens scored together: their tiles interleave
 
 // What a warp keeps while it walks its share. m0, m1: what no score of columns 2t and 2t + 1 has passed, HEADROOM above
@@ -18,10 +20,11 @@ constexpr int CHUNK = SPAN < 32 ? SPAN : 32, TILES = CHUNK / 16;  // tokens scor
 // 8-15 of the weights. Halves are lifted by powers of two, so that products with small scales are no subnormals: queries
 // by k_lift, weights by v_lift, as far as the largest scales so far allow; these may grow to k_most, v_most before.
 // f0, f1: units of the queries that meet packed keys, in log2; u0, u1: units of raw scores; z0, z1: what offsets known
-// beforehand, or offsets of 1, add; base0, base1: what is added to scores in exponents.
+// beforehand, or offsets of 1, add; base0, base1: what is added to scores in exponents. centre: sums of the weights as
+// scaled values meet them, from which codes are centred in Hadamard's space: what all channels share becomes one there.
 struct Walk {
-  u32 queries[STEPS][2];  // folded: as much smaller as a field's place in a byte makes its codes larger
-  float acc[STEPS][4], zero[4], m0, m1, f0, f1, u0, u1, z0, z1, base0, base1, cap, k_most, v_most;
+  u32 queries[2 * STEPS];  // as they meet codes; where ranges of keys change, made of shared ones each time
+  float acc[STEPS][4], zero[4], centre[4], m0, m1, f0, f1, u0, u1, z0, z1, base0, base1, cap, k_most, v_most;
   int g, t, k_lift, v_lift;
 };
 
@@ -98,12 +101,6 @@ __device__ __forceinline__ void settle(Walk& me, float k_high, float v_high) {
   k_high = over_lanes(k_high), v_high = over_lanes(v_high);
   if (KR == 0 && k_high > me.k_most) {
     const int lift = lift_for(k_high);
-    const float by = power(lift - me.k_lift);  // exact, or as small as it would have been
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-        me.queries[k][h] = halves(number((u16)me.queries[k][h]) * by, number((u16)(me.queries[k][h] >> 16)) * by);
     me.k_lift = lift, me.k_most = most_for(lift);
     me.u0 = me.f0 * K_UNIT * power(-lift), me.u1 = me.f1 * K_UNIT * power(-lift);
   }
@@ -113,6 +110,7 @@ __device__ __forceinline__ void settle(Walk& me, float k_high, float v_high) {
 #pragma unroll
     for (int k = 0; k < STEPS; k++) me.acc[k][0] *= by, me.acc[k][1] *= by, me.acc[k][2] *= by, me.acc[k][3] *= by;
     me.zero[0] *= by, me.zero[1] *= by, me.zero[2] *= by, me.zero[3] *= by;
+    if (TURN) me.centre[0] *= by, me.centre[1] *= by;
     me.v_lift = lift, me.v_most = most_for(lift);
     me.base0 = lift - me.m0, me.base1 = lift - me.m1;
   }
@@ -132,11 +130,23 @@ __device__ __forceinline__ void expect_scores(Walk& me, float n0, float n1) {
 #pragma unroll
     for (int k = 0; k < STEPS; k++) me.acc[k][0] *= r0, me.acc[k][1] *= r1, me.acc[k][2] *= r0, me.acc[k][3] *= r1;
     me.zero[0] *= r0, me.zero[1] *= r1, me.zero[2] *= r0, me.zero[3] *= r1;
+    if (TURN) me.centre[0] *= r0, me.centre[1] *= r1;
   }
 }
 
 __device__ __forceinline__ float capped(const Walk& me, float x) {
   return me.cap * (1.0f - 2.0f / (ex2(x * (2.885390082f / me.cap)) + 1.0f));
+}
+
+// Queries in the order of the keys' products times the scales of a group; folded: as much smaller as a field's place in
+// a byte makes its codes larger; and lifted.
+__device__ __forceinline__ void times_scales(u32* qs, const char* from, int lift, int t) {
+  u32 x[2 * STEPS];
+  per_channel(from, t, x);
+#pragma unroll
+  for (int i = 0; i < STEPS; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) qs[2 * i + h] = hmul2(hmul2(qs[2 * i + h], fold(lift, i)), x[2 * i + h]);
 }
 
 // One span in shared memory, of which the first `left` tokens count; TAIL: not all do. qp: queries, for key offsets.
@@ -155,29 +165,29 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
   const float v_high = larger(largest<SPAN * NG>(page + VS, lane));
   if (__builtin_expect(__any_sync(~0u, k_high > me.k_most || v_high > me.v_most), 0)) settle(me, k_high, v_high);
   float zq[4];
+  u32 qs[2 * STEPS];
   if (KR == 0) {  // q.offset: here queries are rows, and the groups, again and again, columns
     u32 x[2 * STEPS];
+    per_channel((const char*)(qp + g * QROW), t, qs);
     per_channel(page + KZ + g % (LOADED + (KR != 0)) * D * 2, t, x);
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const uint2 q = *(const uint2*)(qp + g * QROW + key_channel(t, i));
-      const u32 a[4] = {q.x, 0, q.y, 0};
+      const u32 a[4] = {qs[2 * i], 0, qs[2 * i + 1], 0};
       if (i == 0)
         mma_from_zero(zq, a, x[0], x[1]);
       else
         mma(zq, a, x[2 * i], x[2 * i + 1]);
     }
+    times_scales(qs, page + KS, me.k_lift, t);
   }
-  u32 qs[2 * STEPS];
 #pragma unroll 1
   for (int chunk = 0; chunk < SPAN / CHUNK; chunk++) {
     float s[TILES][4], d0, d1;
     const int first = chunk * CHUNK;
     if (KR == 0) {
-      if (SPAN == CHUNK || KG == CHUNK || chunk == 0) {
-        per_channel(page + KS + first / KG * D * 2, t, qs);
-#pragma unroll
-        for (int k = 0; k < 2 * STEPS; k++) qs[k] = hmul2(me.queries[k / 2][k % 2], qs[k]);
+      if (KG == CHUNK && chunk) {
+        per_channel((const char*)(qp + g * QROW), t, qs);
+        times_scales(qs, page + KS + chunk * D * 2, me.k_lift, t);
       }
       const int j = first / KG;  // column j: of query 2t at lane 8t + j / 2
       const float a = j % 2 ? zq[1] : zq[0];
@@ -185,7 +195,7 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
     } else {
       d0 = KR == 2 ? me.z0 : 0, d1 = KR == 2 ? me.z1 : 0;
     }
-    scores(page + KC + (first + g) * KROW, KR == 0 ? qs : &me.queries[0][0], s, t);
+    scores(page + KC + (first + g) * KROW, KR == 0 ? qs : me.queries, s, t);
     float u0 = me.u0, u1 = me.u1;
     if (KR == 1) {
 #pragma unroll
@@ -228,7 +238,13 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
       u32 p0[NG], p1[NG];
       scaled(page + VS + token * NG * 2, b0, b1, p0, p1);
       const char* z0 = page + VZ + (token * NG + g % NG) * 2;
-      const u32 offsets[4] = {pair_at(z0), 0x3C003C00u, pair_at(z0 + 16 * NG), 0x3C003C00u};  // and ones
+      u32 offsets[4] = {pair_at(z0), ONES, pair_at(z0 + 16 * NG), ONES};
+      if (TURN) {
+        const u32 ones[4] = {ONES, ONES, ONES, ONES};
+        offsets[0] = hfma2(pair_at(z0 + VS - VZ), halves(CENTRE, CENTRE), offsets[0]);
+        offsets[2] = hfma2(pair_at(z0 + VS - VZ + 16 * NG), halves(CENTRE, CENTRE), offsets[2]);
+        mma(me.centre, ones, p0[0], p1[0]);
+      }
       mma(me.zero, offsets, b0, b1);
       add_values(me.acc, page + VC + token * VROW, g, p0, p1);
     }
