@@ -22,12 +22,13 @@ from kvist.methods import parse
 
 pytest.importorskip("cuda.bindings")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-DIM, HEADS = attend_cuda.DIM, 2
+DIM, HEADS = 128, 2
 RUN = """
-extern "C" void run(const Call* call, int parts, int cells, int bytes, int backward) {
-  launch([](const Call& c) { decode(c); }, *call, parts, cells, WARPS * 32, bytes, backward);
+extern "C" void run(const Call* call, int blocks, int bytes, int backward) {
+  launch([](const Call& c) { decode(c); }, *call, blocks, WARPS * 32, bytes, backward);
 }
 """
+TUNING = attend_cuda.Tuning(span=32, stages=2, warps=2, blocks=1)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def build(tmp_path_factory):
 
     @cache
     def built(cell, bulk):
-        macros = cell._asdict() | {"WARPS": 2, "STAGES": 2, "LOOSE": attend_cuda.LOOSE, "BULK": int(bulk)}
+        macros = cell._asdict() | attend_cuda.macros_of(TUNING) | {"BULK": int(bulk)}
         name = folder / f"{abs(hash((cell, bulk)))}.so"
         options = [f"-D{k}={v}" for k, v in macros.items()]
         flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -50,29 +51,28 @@ def build(tmp_path_factory):
     return built
 
 
-def filled(text, updates, batch=2, dtype=torch.float32, size=1.0):
+def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
     made, rows = parse(text), Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
     for tokens in updates:
         rows.extend(batch, tokens, None)
-        layer.update(*((size * torch.randn(batch, HEADS, tokens, DIM)).to(dtype) for _ in range(2)))
+        layer.update(*((size * torch.randn(batch, HEADS, tokens, dim)).to(dtype) for _ in range(2)))
     return layer
 
 
-def attended(build, layer, q, splits=2, bulk=True, backward=False, **options):
+def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
     """What the kernel says, and what the parts say."""
-    view, scale = View.after(layer), DIM**-0.5
+    view, scale = View.after(layer), q.shape[-1] ** -0.5
     expected = view.attend(q, scale, **options)
     key, value = layer.tracks
     call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
     call = call._replace(**options)
-    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, DIM, call)
+    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, q.shape[-1], call)
     assert cell is not None and not attend_cuda.unserved(key.codec.traits, value.codec.traits)
     sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
-    argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, splits)
+    argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, blocks)
     out.fill_(torch.nan)
-    nbytes = max(4 * cell.page_bytes, 2 * 8 * DIM * 4)
-    build(cell, bulk).run(ctypes.byref(argument), argument.parts, len(q) * HEADS, nbytes, int(backward))
+    build(cell, bulk).run(ctypes.byref(argument), blocks, cell.shared(TUNING, blocks), int(backward))
     assert not call.counters.any()
     return out, expected
 
@@ -91,12 +91,27 @@ def agree(found, expected, rounding=4e-3):
         ("kivi k=4 v=2 group=64", (430, 1)),
         ("kivi k=2 v=4 group=128 recent=128", (600, 1)),
         ("kivi:2 recent=32 values=block", (300, 1)),
+        ("kivi:3 group=64", (430, 1)),
+        ("kivi k=1 v=8 recent=32", (300, 1)),
+        ("kivi k=8 v=3 recent=32", (300, 1)),
+        ("kivi k=2 v=1 recent=32", (300, 1)),
+        ("int4", (300, 1)),
+        ("int8", (200, 1)),
+        ("hadamard:4", (300, 1)),
+        ("hadamard:2", (300, 1, 1)),
     ],
 )
 def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
     torch.manual_seed(len(text))
     layer = filled(text, updates)
     agree(*attended(build, layer, torch.randn(2, 6, 1, DIM), bulk=bulk))
+
+
+@pytest.mark.parametrize("text", ["kivi:2", "kivi:4", "kivi:3", "int4", "hadamard:4"])
+def test_heads_of_64_channels(text, build):
+    torch.manual_seed(8)
+    layer = filled(text, (300, 1), dim=64)
+    agree(*attended(build, layer, torch.randn(2, 6, 1, 64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -122,7 +137,7 @@ def test_scales_that_grow_along_the_context(build):
     for size in (1e-4, 1e-2, 1.0, 1e3):
         rows.extend(1, 160, None)
         layer.update(*(size * torch.randn(1, HEADS, 160, DIM) for _ in range(2)))
-    agree(*attended(build, layer, torch.randn(1, 6, 1, DIM) * 1e-3, splits=1))
+    agree(*attended(build, layer, torch.randn(1, 6, 1, DIM) * 1e-3, blocks=1))
 
 
 def test_queries_of_speculative_decoding_see_no_later_token(build):
@@ -148,8 +163,8 @@ def test_any_order_of_blocks_gives_the_same(build):
     torch.manual_seed(7)
     layer = filled("kivi:2", (700, 1))
     q = torch.randn(2, 6, 1, DIM)
-    forward, _ = attended(build, layer, q, splits=4)
-    assert torch.equal(forward, attended(build, layer, q, splits=4, backward=True)[0])
+    forward, _ = attended(build, layer, q, blocks=7)
+    assert torch.equal(forward, attended(build, layer, q, blocks=7, backward=True)[0])
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -169,9 +184,8 @@ def test_what_it_does_not_serve_is_named():
         return " ".join(attend_cuda.unserved(*(side.codec.traits for side in plan.sides)))
 
     assert not reasons("kivi:2") and not reasons("kivi k=4 v=2")
-    assert "keys are not uniform numbers of 2 or 4 bits" in reasons("kivi:3")
-    assert "along 32, 64 or 128 tokens" in reasons("int4")
-    assert "another space" in reasons("hadamard:4")
+    assert not any(map(reasons, ("kivi:3", "kivi:8", "kivi:1", "int4", "int8", "hadamard:4")))
+    assert "keys are not uniform" in reasons("kvquant:4")
 
 
 def test_it_is_chosen_for_what_it_serves_alone():
@@ -181,11 +195,13 @@ def test_it_is_chosen_for_what_it_serves_alone():
         fast, _ = decode_attention(*traits, torch.device("cuda"), *shape)
         return fast.func.__module__.rsplit(".", 1)[-1]
 
-    assert chosen("kivi:2", (128, 128), 8) == "attend_cuda"
+    for text, *shape in (("kivi:2", (128, 128), 8), ("kivi:2", (64, 64), 4), ("hadamard:4", (128, 128), 4)):
+        assert chosen(text, *shape) == "attend_cuda"
     for text, *shape in (
-        ("kivi:2", (64, 64), 4),
+        ("kivi:2", (80, 80), 4),
+        ("kivi:1", (64, 64), 4),
         ("kivi:2", (128, 128), 16),
         ("logquant:2", (128, 128), 4, True),
-        ("kivi:3", (128, 128), 4),
+        ("kvquant:4", (128, 128), 4),
     ):
         assert chosen(text, *shape) == "decode_triton"

@@ -17,17 +17,27 @@ from kvist.kernels.choose import Decode, Exact, Stored, Traits
 from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).with_name("cuda")
-SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "page.cuh", "layout.cuh", "primitives.cuh")
-DIM = 128
-LOOSE = 64  # exact tokens per block
-SHARED = 70 << 10  # bytes of a block's pages at most, so that three blocks share a multiprocessor
-STATIC = 5 << 10  # bytes of shared memory beside them
-WARPS = 12  # per multiprocessor: what their registers leave room for
+SOURCE = FOLDER / "decode.cu"
+HEADERS = tuple(f"{name}.cuh" for name in ("packed", "deal", "exact", "page", "codes", "layout", "primitives"))
+DIMS = 64, 128
+STATIC = 7 << 10  # bytes of shared memory of a block beside its rings, at most, and what the device takes itself
+MULTIPROCESSOR = 227 << 10  # bytes of shared memory of a multiprocessor, as sm_90 and sm_100 have
+MOST_SPAN = 6 << 10  # bytes: what two stages of 16 warps leave room for
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
+class Tuning(NamedTuple):
+    """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps of
+    a block; blocks: that a multiprocessor holds at once, by registers and shared memory."""
+
+    span: int
+    stages: int
+    warps: int = 8
+    blocks: int = 2
+
+
 class Cell(NamedTuple):
-    """What the kernel is compiled for: the macros of `decode.cu`."""
+    """What the kernel is compiled for: the macros of the sources."""
 
     KB: int
     VB: int
@@ -40,26 +50,33 @@ class Cell(NamedTuple):
     TYPE: int
     SOFTCAP: int = 0
     LOGIT: int = 0
+    D: int = 128
+    KR: int = 0
+    KA: int = 0
+    VA: int = 0
+    KT: int = 0
+    VT: int = 0
+    TURN: int = 0
+
+    def span_bytes(self, span: int) -> int:
+        """Of `span` tokens of one head in shared memory."""
+        codes = span * self.D * (self.KB + self.VB) // 8
+        keys = max(1, span // self.KG) * self.D if self.KR == 0 else span if self.KR == 1 else 0
+        return codes + 4 * (keys + span * self.D // self.VG)
 
     @property
-    def page_bytes(self) -> int:
-        """Of one page and head in shared memory."""
-        codes = self.PAGE * DIM * (self.KB + self.VB) // 8
-        return codes + 4 * (self.PAGE // self.KG * DIM + self.PAGE * DIM // self.VG)
+    def tuning(self) -> Tuning:
+        """Two or three spans under way in each of 16 warps, where shared memory allows: copies then hide behind them."""
+        span = next(n for n in (64, 32, 16) if n == 16 or self.span_bytes(n) <= MOST_SPAN)
+        stages = max(2, min(4, (MULTIPROCESSOR // 2 - STATIC) // (8 * self.span_bytes(span))))
+        return Tuning(span, stages)
 
-    @property
-    def warps(self) -> int:
-        return 4 if 8 * self.page_bytes <= SHARED else 2
-
-    @property
-    def stages(self) -> int:
-        """Pages under way per warp."""
-        return max(2, min(4, SHARED // (self.warps * self.page_bytes)))
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory of a block: its pages, and later its warps' parts."""
-        return max(self.warps * self.stages * self.page_bytes, self.warps * 8 * DIM * 4)
+    def shared(self, tuning: Tuning, blocks: int = 0) -> int:
+        """Bytes of dynamic shared memory of a block: its rings, and later its warps' parts or those of `blocks`."""
+        rings = tuning.warps * tuning.stages * self.span_bytes(tuning.span)
+        parts = (tuning.warps + 1) * self.ROWS * self.D * 4
+        merged = 4 * (blocks * self.ROWS + 4 + self.ROWS * self.D + max(128 * tuning.warps, self.ROWS * self.D))
+        return max(rings, parts, merged)
 
 
 @cache
@@ -67,14 +84,18 @@ def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
     """Why this kernel does not read such pages; () if it does."""
     reasons = []
     for side, traits in (("keys", key), ("values", value)):
-        if traits.levels != "uniform" or traits.bits not in (2, 4):
-            reasons.append(f"{side} are not uniform numbers of 2 or 4 bits")
+        if traits.levels != "uniform" or traits.bits not in (1, 2, 3, 4, 8):
+            reasons.append(f"{side} are not uniform numbers of 1, 2, 3, 4 or 8 bits")
         if traits.range != "minmax":
             reasons.append(f"{side} have a range of kind {traits.range}")
-        if traits.outliers or traits.rotary or traits.hadamard or traits.across_heads:
-            reasons.append(f"{side} keep outliers, or are stored in another space, or share ranges between heads")
-    if key.along != "tokens" or key.group not in (32, 64, 128):
-        reasons.append("keys do not share ranges along 32, 64 or 128 tokens")
+        if traits.outliers or traits.rotary:
+            reasons.append(f"{side} keep outliers, or are stored before a rotary embedding")
+    if key.hadamard != value.hadamard:
+        reasons.append("one side alone is stored in Hadamard space")
+    if value.hadamard and value.group:
+        reasons.append("values in Hadamard space share ranges along less than a head")
+    if (key.group not in (32, 64, 128) or key.across_heads) if key.along == "tokens" else key.group:
+        reasons.append("keys share ranges neither along 32, 64 or 128 tokens nor along all channels of a token")
     if value.along != "channels" or value.group not in (0, 32, 64, 128):
         reasons.append("values do not share ranges along 32, 64 or 128 channels")
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
@@ -82,23 +103,35 @@ def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def serves(key: Traits, value: Traits, dim: int) -> bool:
+    """Whether heads of `dim` channels are served, where `unserved` has no reasons."""
+    return dim in DIMS and dim * min(key.bits, value.bits) >= 128 and value.group <= dim
+
+
 def cell(key: Traits, value: Traits, q: Tensor, heads: int, value_dim: int, call: Decode) -> Cell | None:
     """The cell of a call; None where only its traits are served."""
-    rows = q.shape[1] // heads * q.shape[2]
-    fits = q.shape[3] == value_dim == DIM and rows <= 8 and call.page % max(32, key.group) == 0
+    rows, dim = q.shape[1] // heads * q.shape[2], q.shape[3]
+    tokens = key.group if key.along == "tokens" else 32
+    fits = dim == value_dim and serves(key, value, dim) and rows <= 8 and call.page % max(64, tokens) == 0
     if not fits or call.skip is not None or call.pinned is not None or q.dtype not in TYPES:
         return None
-    extras = int(bool(call.softcap)), int(call.sink is not None)
     return Cell(
-        key.bits, value.bits, key.group, value.group or DIM, call.page, heads, rows, q.shape[2], TYPES[q.dtype], *extras
-    )
+        key.bits, value.bits, tokens, value.group or dim, call.page, heads, rows, q.shape[2], TYPES[q.dtype],
+        SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim, KR=int(key.along == "channels"),
+        KA=int(key.across_heads), VA=int(value.across_heads), TURN=int(key.hadamard),
+    )  # fmt: skip
 
 
-def compiled(made: Cell, arch: int, ptx: bool = False) -> bytes:
+def macros_of(tuning: Tuning) -> dict[str, int]:
+    """As the sources call them."""
+    return {name.upper(): number for name, number in tuning._asdict().items()}
+
+
+def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None) -> bytes:
     """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
-    macros = made._asdict() | {"WARPS": made.warps, "STAGES": made.stages, "LOOSE": LOOSE, "BULK": int(arch >= 90)}
+    macros = made._asdict() | macros_of(tuning or made.tuning) | {"BULK": int(arch >= 90)}
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
     headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
@@ -122,27 +155,45 @@ def _ok(answer: tuple) -> tuple:
     return answer
 
 
+class Loaded(NamedTuple):
+    """The kernel on a device, and how it is launched there."""
+
+    function: object
+    tuning: Tuning
+    grid: int
+    shared: int
+
+
 @cache
-def _function(made: Cell, device: int):
-    """The kernel, loaded on a device."""
+def _loaded(made: Cell, device: int, tuning: Tuning | None = None) -> Loaded:
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
+    chip = torch.cuda.get_device_properties(device)
+    tuning = tuning or made.tuning
+    grid = chip.multi_processor_count * tuning.blocks
+    shared = made.shared(tuning, grid)
+    while tuning.blocks > 1 and tuning.blocks * (shared + STATIC) > chip.shared_memory_per_multiprocessor:
+        tuning = tuning._replace(blocks=tuning.blocks - 1)
+        grid = chip.multi_processor_count * tuning.blocks
     major, minor = torch.cuda.get_device_capability(device)
-    _, module = _ok(driver.cuModuleLoadData(compiled(made, 10 * major + minor)))
+    _, module = _ok(driver.cuModuleLoadData(compiled(made, 10 * major + minor, tuning=tuning)))
     _, function = _ok(driver.cuModuleGetFunction(module, b"decode"))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _ok(driver.cuFuncSetAttribute(function, attribute, made.shared))
-    return function
+    _ok(driver.cuFuncSetAttribute(function, attribute, shared))
+    return Loaded(function, tuning, grid, shared)
 
 
 class Side(ctypes.Structure):
-    """`Side` of `decode.cu`."""
+    """`Side` of the sources."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "table", "sinks", "ring")]
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("codes", "scale", "offset", "table", "sinks", "ring", "points", "fixed_scale", "fixed_offset")
+    ]
 
 
 class Call(ctypes.Structure):
-    """`Call` of `decode.cu`: the kernel's only argument."""
+    """`Call` of the sources: the kernel's only argument."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "out", "part", "top", "sum", "counters")),
@@ -152,49 +203,40 @@ class Call(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("k_width", "v_width", "sinks", "capacity", "loose", "parts")),
+        *((name, ctypes.c_int) for name in ("k_width", "v_width", "sinks", "capacity", "rows")),
     ]
 
 
 def _side(stored: Stored, exact: Exact) -> Side:
-    arrays = (stored.arrays[name] for name in ("codes", "scale", "offset"))
-    return Side(*(x.data_ptr() for x in (*arrays, stored.table, exact.sinks, exact.ring)))
-
-
-def described(
-    q: Tensor, out: Tensor, scratch: Tensor, sides: tuple[Side, Side], call: Decode, sink: Tensor | None,
-    widths: tuple[int, int], held: tuple[int, int], parts: tuple[int, int],
-) -> Call:  # fmt: skip
-    """The kernel's argument. held: sinks and ring slots; parts: of loose tokens, and all."""
-    cells = scratch.numel() // (8 * (DIM + 2))
-    top, total, part = scratch.split_with_sizes([8 * cells, 8 * cells, 8 * cells * DIM])
-    pointers = (x.data_ptr() for x in (q, out, part, top, total, call.counters))
-    logits = 0 if sink is None else sink.data_ptr()
-    numbers = call.scale, call.softcap or 0.0
-    return Call(*pointers, *sides, call.state.data_ptr(), logits, *numbers, *widths, *held, *parts)
+    constants = stored.constants
+    arrays = *(stored.arrays.get(name) for name in ("codes", "scale", "offset")), stored.table, exact.sinks, exact.ring
+    known = constants.points, constants.scale, constants.offset
+    return Side(*(0 if x is None else x.data_ptr() for x in (*arrays, *known)))
 
 
 def prepared(
-    made: Cell, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode, splits: int
+    made: Cell, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode, blocks: int
 ) -> tuple[Call, Tensor, tuple]:
     """The argument, the output, and what must live until the launch is made."""
-    cells, rings = q.shape[0] * made.HEADS, (k_exact.sinks.shape[2], k_exact.ring.shape[2])
-    loose = -(-sum(rings) // LOOSE)
-    parts = loose + splits
     q, out = q.contiguous(), torch.empty(*q.shape, dtype=q.dtype, device=q.device)
-    scratch = torch.empty(cells * parts * 8 * (DIM + 2), dtype=torch.float32, device=q.device)
+    slots = 2 * blocks
+    scratch = torch.empty(slots * (16 + made.ROWS * made.D), dtype=torch.float32, device=q.device)
+    top, total, part = scratch.split_with_sizes([8 * slots, 8 * slots, slots * made.ROWS * made.D])
     sink = None if call.sink is None else call.sink.float().contiguous()
-    sides = _side(k, k_exact), _side(v, v_exact)
-    widths = k.table.shape[1], v.table.shape[1]
-    argument = described(q, out, scratch, sides, call, sink, widths, rings, (loose, parts))
+    pointers = (x.data_ptr() for x in (q, out, part, top, total, call.counters))
+    numbers = call.scale, call.softcap or 0.0
+    sizes = k.table.shape[1], v.table.shape[1], k_exact.sinks.shape[2], k_exact.ring.shape[2], q.shape[0]
+    logits = 0 if sink is None else sink.data_ptr()
+    argument = Call(*pointers, _side(k, k_exact), _side(v, v_exact), call.state.data_ptr(), logits, *numbers, *sizes)
     return argument, out, (q, scratch, sink)
 
 
 @on_its_device
 def decode(
-    key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode
-) -> Tensor:
-    """See `choose.decode_attention`."""
+    key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode,
+    tuning: Tuning | None = None,
+) -> Tensor:  # fmt: skip
+    """See `choose.decode_attention`. tuning: for measurements; None is the cell's own."""
     made = cell(key, value, q, k_exact.ring.shape[1], v_exact.ring.shape[-1], call)
     old = torch.cuda.get_device_capability(q.device)[0] < 8
     if made is None or old or k_exact.ring.dtype != q.dtype:
@@ -203,14 +245,10 @@ def decode(
         return fallback(key, value, q, k, v, k_exact, v_exact, call)
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
-    device, cells = q.device, q.shape[0] * made.HEADS
-    pages = max(1, min(k.table.shape[1], v.table.shape[1]))
-    chip = torch.cuda.get_device_properties(device)
-    resident = max(1, min(chip.shared_memory_per_multiprocessor // (made.shared + STATIC), WARPS // made.warps))
-    splits = max(1, min(-(-pages // made.warps), -(-resident * chip.multi_processor_count // cells)))
-    argument, out, _alive = prepared(made, q, k, v, k_exact, v_exact, call, splits)
+    loaded = _loaded(made, q.device.index or 0, tuning)
+    argument, out, _alive = prepared(made, q, k, v, k_exact, v_exact, call, loaded.grid)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    function, stream = _function(made, device.index or 0), torch.cuda.current_stream(device).cuda_stream
-    grid, block = (argument.parts, cells, 1), (32 * made.warps, 1, 1)
-    _ok(driver.cuLaunchKernel(function, *grid, *block, made.shared, stream, ctypes.addressof(pointers), 0))
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    grid, block = (loaded.grid, 1, 1), (32 * loaded.tuning.warps, 1, 1)
+    _ok(driver.cuLaunchKernel(loaded.function, *grid, *block, loaded.shared, stream, ctypes.addressof(pointers), 0))
     return out

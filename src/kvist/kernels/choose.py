@@ -182,20 +182,22 @@ def decode_attention(
     """
     if any(side.hadamard and dim > 128 for side, dim in zip((key, value), dims, strict=True)):
         return None, ("the Hadamard matrix of heads of more than 128 channels does not fit beside the rest",)
-    small = set(dims) <= {0, 128} and rows <= 8 and not pinned
-    return _decode_attention(key, value, device.type, os.environ.get("TRITON_INTERPRET") == "1", small)
+    few = rows <= 8 and not pinned and dims[0] == dims[1]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _decode_attention(key, value, device.type, interpreted, dims[0] if few else -1)
 
 
 @cache
-def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool, small: bool):
+def _decode_attention(key: Traits, value: Traits, device: str, interpreted: bool, dim: int):
+    """dim: of heads, 0 where it is not known, -1 where the CUDA kernel does not serve the rest of the call."""
     if reasons := _no_triton(device, interpreted):
         return None, reasons
     if value.rotary:
         return None, ("values are stored before a rotary embedding",)
-    if device == "cuda" and small:  # what the CUDA kernel was written for
+    if device == "cuda" and dim >= 0:
         from kvist.kernels import attend_cuda
 
-        if not attend_cuda.unserved(key, value):
+        if not attend_cuda.unserved(key, value) and (not dim or attend_cuda.serves(key, value, dim)):
             return partial(attend_cuda.decode, key, value), ()
     from kvist.kernels.decode_triton import decode
 

@@ -1,133 +1,236 @@
-// A decode step in one launch, straight from planar pages of uniform codes: packed pages, exact tokens, and the merge.
+// A decode step in one launch, straight from planar pages: packed spans, exact tokens, and the merge.
 //
-// Constants, beside those of packed.cuh: ROWS of queries per KV head, QUERIES of them per query head; LOOSE tokens per
-// block; LOGIT: a logit per query head without a value.
+// As many blocks as the device holds at once share all units of work; a block whose share ends inside a row and head
+// leaves a partial result, and the last to arrive there merges.
+//
+// Constants, beside those of packed.cuh: ROWS of queries per KV head, QUERIES of them per query head; BLOCKS per
+// multiprocessor; LOGIT: a logit per query head without a value.
 #include "packed.cuh"
 
-// A block's LOOSE exact tokens, a token per warp at a time, from number `first` on: sinks, then positions from `low` on.
-__device__ void loose_part(const Call& c, const float* q, float* so, float* sm, float* sl, int b, int head, int first,
-                           int held, int kf, int vf, int behind, int warp, int lane) {
-  const int low = min(kf, vf), count = held + behind - low;
-  const u64 line = (u64)b * HEADS + head;
-  float acc[ROWS][4], m[ROWS], l[ROWS];
+constexpr int THREADS = WARPS * 32, QUADS = ROWS * D / 4;  // fours of numbers of a cell's output
+constexpr int FLIGHT = 12;                                 // parts that a thread asks for before it adds the first
+constexpr int LANE = D / 32;                               // channels of a lane where a warp holds a row
+
+// A row spread over a warp, LANE neighbouring channels a lane, turned by Hadamard's matrix.
+__device__ __forceinline__ void turn_row(float* x, int lane) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    m[r] = NONE, l[r] = 0;
-    acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = 0;
-  }
-  for (int i = first + warp; i < min(first + LOOSE, count); i += WARPS) {
-    const int p = low + i - held, at = p % c.capacity;
-    const bool sink = i < held;
-    const u64 exact = line * c.capacity + at, start = line * c.sinks + i;
-    const Scalar* kr = sink ? c.k.sinks + start * D : p >= kf ? c.k.ring + exact * D : 0;
-    const Scalar* vr = sink ? c.v.sinks + start * D : p >= vf ? c.v.ring + exact * D : 0;
-    const int before = sink ? i : p + c.sinks;
-    float x[4], y[4];
-    token(c.k, kr, c.k_width, b, head, p, lane, KB, true, x);
-    token(c.v, vr, c.v_width, b, head, p, lane, VB, false, y);
+  for (int bit = 1; bit < LANE; bit *= 2)
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      float s = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j++) s += q[r * D + 4 * lane + j] * x[j];
-#pragma unroll
-      for (int o = 16; o; o /= 2) s += __shfl_xor_sync(~0u, s, o);
-#if SOFTCAP
-      float e = ex2(s * (2.885390082f / c.softcap));
-      s = c.softcap * (1.0f - 2.0f / (e + 1.0f));
-#endif
-      s *= 1.442695041f;
-      if (before <= held + behind - QUERIES + r % QUERIES) {
-        const float n = fmaxf(m[r], s), fade = ex2(m[r] - n), w = ex2(s - n);
-        m[r] = n, l[r] = l[r] * fade + w;
-#pragma unroll
-        for (int j = 0; j < 4; j++) acc[r][j] = acc[r][j] * fade + w * y[j];
+    for (int j = 0; j < LANE; j++)
+      if (!(j & bit)) {
+        const float a = x[j], e = x[j + bit];
+        x[j] = a + e, x[j + bit] = a - e;
       }
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2)
+#pragma unroll
+    for (int j = 0; j < LANE; j++) {
+      const float y = __shfl_xor_sync(~0u, x[j], o);
+      x[j] = lane & o ? y - x[j] : x[j] + y;
     }
-  }
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
+  for (int j = 0; j < LANE; j++) x[j] *= rsqrtf((float)D);
+}
+__device__ __forceinline__ float lanes_sum(float x) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) so[(warp * 8 + r) * D + 4 * lane + j] = acc[r][j];
-    if (lane == 0) sm[warp * 8 + r] = m[r], sl[warp * 8 + r] = l[r];
+  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
+  return x;
+}
+// The power of two that brings numbers up to `high` below 1.
+__device__ __forceinline__ float shrinking(float high) {
+  const int e = (int)(__float_as_uint(high) >> 23) - 127;
+  return high > 0 ? power(max(-126, min(126, -1 - e))) : 1;
+}
+
+// The queries of a cell, a row per warp at a time.
+__device__ __forceinline__ void load_queries(const Call& c, Queries& q, int b, int head, int warp, int lane) {
+  for (int r = warp; r < 8; r += WARPS) {
+    float x[LANE] = {}, high = 0;
+    if (r < ROWS)
+#pragma unroll
+      for (int j = 0; j < LANE; j++) x[j] = widen(c.q[(((u64)b * HEADS + head) * ROWS + r) * D + LANE * lane + j]);
+#pragma unroll
+    for (int j = 0; j < LANE; j++) high = fmaxf(high, fabsf(x[j]));
+    float by = shrinking(over_lanes(high)), added = 0, sum = 0;
+    const float unit = c.scale * 1.442695041f;
+#pragma unroll
+    for (int j = 0; j < LANE; j++)
+      q.exact[r * QROW + LANE * lane + j] = BRAIN ? to_brain(x[j] * by) : to_half(x[j] * by);
+    if (lane == 0) q.exact_unit[r] = unit / by;
+    if (APART) {
+      if (TURN) turn_row(x, lane);
+      high = 0;
+#pragma unroll
+      for (int j = 0; j < LANE; j++) {
+        const int d = head * D + LANE * lane + j;
+        if (KR == 2) added += x[j] * c.k.fixed_offset[d], x[j] *= c.k.fixed_scale[d];
+        high = fmaxf(high, fabsf(x[j]));
+      }
+      by = shrinking(over_lanes(high));
+#pragma unroll
+      for (int j = 0; j < LANE; j++) q.packed[r * QROW + LANE * lane + j] = to_half(x[j] * by);
+    }
+    if (KR == 1) {
+#pragma unroll
+      for (int j = 0; j < LANE; j++) sum += number(q.meeting_packed()[r * QROW + LANE * lane + j]);
+    }
+    sum = KR == 1 ? lanes_sum(sum) * (unit / by) : KR == 2 ? lanes_sum(added) * unit : 0;
+    if (lane == 0) q.packed_unit[r] = unit / by, q.added[r] = sum;
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_constant__ Call c) {
-  BLOCK_MEMORY(memory);
-  __shared__ u64 bars[WARPS * STAGES];
-  __shared__ float q[8 * D], size[8], peak[8], sm[WARPS * 8], sl[WARPS * 8];
-  __shared__ int arrived;
-  const int part = blockIdx.x, cell = blockIdx.y, b = cell / HEADS, head = cell % HEADS;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int held = c.state[8 * b], kf = c.state[8 * b + 1], vf = c.state[8 * b + 2], behind = c.state[8 * b + 3];
-  const int limit = min(kf, vf), pages = (limit + PAGE - 1) / PAGE, splits = c.parts - c.loose;
-  const int share = max((pages + splits - 1) / splits, WARPS), used = c.loose + (pages + share - 1) / share;
-  const u64 place = (u64)cell * c.parts + part;
-  float* so = (float*)memory;  // (WARPS, 8, D)
-  if (part < used) {
-    for (int r = warp; r < 8; r += WARPS) {  // queries, at most 1 in size where they meet packed keys
-      float x[4] = {0, 0, 0, 0}, high = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        if (r < ROWS) x[j] = widen(c.q[((u64)cell * ROWS + r) * D + 4 * lane + j]) * c.scale;
-        high = fmaxf(high, fabsf(x[j]));
-      }
-#pragma unroll
-      for (int o = 16; o; o /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, o));
-      high = high > 0 ? high : 1;
-      const float shrink = part < c.loose ? 1 : 1 / high;
-#pragma unroll
-      for (int j = 0; j < 4; j++) q[r * D + 4 * lane + j] = x[j] * shrink;
-      if (lane == 0) size[r] = high;
-    }
-    __syncthreads();
-    if (part < c.loose)
-      loose_part(c, q, so, sm, sl, b, head, part * LOOSE, held, kf, vf, behind, warp, lane);
-    else {
-      const int first = (part - c.loose) * share;
-      packed_part(c, q, size, memory + warp * STAGES * PAGE_BYTES, bars + warp * STAGES, so, sm, sl, b, head, first,
-                  min(first + share, pages), limit, warp, lane);
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < ROWS * D; e += WARPS * 32) {  // the warps' parts to one
-      const int r = e / D;
-      float m = NONE, l = 0, o = 0;
-      for (int w = 0; w < WARPS; w++) m = fmaxf(m, sm[w * 8 + r]);
-      for (int w = 0; w < WARPS; w++) {
-        const float weight = ex2(sm[w * 8 + r] - m);
-        l += weight * sl[w * 8 + r], o += weight * so[(w * 8 + r) * D + e % D];
-      }
-      c.part[place * 8 * D + e] = o;
-      if (e % D == 0) c.top[place * 8 + r] = m, c.sum[place * 8 + r] = l;
-    }
-  }
-  __threadfence();  // this thread's part is seen before its arrival
-  __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(c.counters + cell, 1);
-  __syncthreads();
-  if (arrived != c.parts - 1) return;
-  __threadfence();
-  if (threadIdx.x == 0) c.counters[cell] = 0;
-  const u64 all = (u64)cell * c.parts;
-  for (int r = warp; r < ROWS; r += WARPS) {  // the last to arrive merges all parts, in order
-    float m = NONE, l = 0;
-    for (int i = lane; i < used; i += 32) m = fmaxf(m, c.top[(all + i) * 8 + r]);
-#pragma unroll
-    for (int o = 16; o; o /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, o));
+// Four numbers o of a row of the output, of parts whose scores reach m and whose weights sum to l; `rows`: room for all.
+__device__ __forceinline__ void put(const Call& c, float* rows, const Cell& x, int quad, float m, float l, const float* o) {
+  const int r = quad / (D / 4);
+  float by = 1;
 #if LOGIT
-    const float logit = c.logits[head * (ROWS / QUERIES) + r / QUERIES] * 1.442695041f;
-    m = fmaxf(m, logit), l = ex2(logit - m);
+  const float logit = c.logits[x.head * (ROWS / QUERIES) + r / QUERIES] * 1.442695041f, most = fmaxf(m, logit);
+  by = ex2(m - most), l = l * by + ex2(logit - most);
 #endif
-    for (int i = 0; i < used; i++) l += c.sum[(all + i) * 8 + r] * ex2(c.top[(all + i) * 8 + r] - m);
-    if (lane == 0) peak[r] = m, size[r] = l > 0 ? 1 / l : 0;
+  by = l > 0 ? by / l : 0;
+  const u64 at = ((u64)x.b * HEADS + x.head) * ROWS * D + 4 * quad;
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    if (TURN)
+      rows[4 * quad + j] = o[j] * by;
+    else
+      c.out[at + j] = narrow(o[j] * by);
+}
+__device__ __forceinline__ void turn_output(const Call& c, const float* rows, const Cell& x, int warp, int lane) {
+  __syncthreads();
+  for (int r = warp; r < ROWS; r += WARPS) {
+    float y[LANE];
+#pragma unroll
+    for (int j = 0; j < LANE; j++) y[j] = rows[r * D + LANE * lane + j];
+    turn_row(y, lane);
+#pragma unroll
+    for (int j = 0; j < LANE; j++)
+      c.out[(((u64)x.b * HEADS + x.head) * ROWS + r) * D + LANE * lane + j] = narrow(y[j]);
+  }
+}
+
+// The parts of several blocks to a cell's output, by the last block to arrive.
+__device__ __forceinline__ void merge(const Call& c, const Deal& deal, const Cell& x, char* memory, float* m, float* l,
+                                      int warp, int lane) {
+  constexpr int GROUPS = THREADS > QUADS ? THREADS / QUADS : 1;
+  const int from = deal.block_of(x.begin), n = deal.block_of(x.end - 1) - from + 1;
+  const int late = deal.first(from) < x.begin;  // the first block came here from another cell
+  float *w = (float*)memory, *rows = w + n * ROWS + (4 - n * ROWS % 4), *between = rows + ROWS * D;
+  const auto place = [&](int i) { return (u64)2 * (from + i) + (i == 0 && late); };  // two per block: see `slot`
+  for (int r = warp; r < ROWS; r += WARPS) {
+    float high = NONE, total = 0;
+    for (int i = lane; i < n; i += 32) high = fmaxf(high, c.top[place(i) * 8 + r]);
+    high = over_lanes(high);
+    for (int i = lane; i < n; i += 32) {
+      const u64 at = place(i) * 8 + r;
+      const float y = ex2(c.top[at] - high);
+      w[i * ROWS + r] = y, total += y * c.sum[at];
+    }
+    total = lanes_sum(total);
+    if (lane == 0) m[r] = high, l[r] = total;
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < ROWS * D; e += WARPS * 32) {
-    const int r = e / D;
-    float o = 0;
-#pragma unroll 8
-    for (int i = 0; i < used; i++) o += c.part[(all + i) * 8 * D + e] * ex2(c.top[(all + i) * 8 + r] - peak[r]);
-    c.out[(u64)cell * ROWS * D + e] = narrow(o * size[r]);
+  for (int e = threadIdx.x; e < QUADS * GROUPS; e += THREADS) {
+    const int quad = e % QUADS, group = e / QUADS, r = quad / (D / 4);
+    float o[4] = {0, 0, 0, 0};
+    for (int first = group; first < n; first += GROUPS * FLIGHT) {
+      float4 y[FLIGHT];
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+        if (first + i * GROUPS < n) y[i] = *(const float4*)(c.part + place(first + i * GROUPS) * ROWS * D + 4 * quad);
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+        if (first + i * GROUPS < n) {
+          const float by = w[(first + i * GROUPS) * ROWS + r];
+          o[0] += y[i].x * by, o[1] += y[i].y * by, o[2] += y[i].z * by, o[3] += y[i].w * by;
+        }
+    }
+    if (GROUPS == 1)
+      put(c, rows, x, quad, m[r], l[r], o);
+    else
+#pragma unroll
+      for (int j = 0; j < 4; j++) between[4 * e + j] = o[j];
+  }
+  if (GROUPS > 1) {
+    __syncthreads();
+    for (int quad = threadIdx.x; quad < QUADS; quad += THREADS) {
+      float o[4] = {0, 0, 0, 0};
+      for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) o[j] += between[4 * (group * QUADS + quad) + j];
+      put(c, rows, x, quad, m[quad / (D / 4)], l[quad / (D / 4)], o);
+    }
+  }
+  if (TURN) turn_output(c, rows, x, warp, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __grid_constant__ Call c) {
+  BLOCK_MEMORY(memory);
+  __shared__ __align__(16) Queries q;
+  __shared__ u64 bars[WARPS * STAGES];
+  __shared__ float sm[WARPS * 8], sl[WARPS * 8], m[8], l[8];
+  __shared__ int arrived;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+  const Deal deal = dealt(c, gridDim.x, lane);
+  if (block >= deal.blocks) return;
+  Ring ring = {memory + warp * STAGES * SPAN_BYTES, shared_address(bars + warp * STAGES), 0, 0};
+#if BULK
+  if (lane == 0) {
+    for (int s = 0; s < STAGES; s++) barrier_init(ring.bars + 8 * s);
+    barriers_made();
+  }
+  __syncwarp();
+#endif
+  const int start = deal.first(block), stop = deal.first(block + 1);
+  for (int at = start; at < stop;) {
+    const Cell x = cell_of(c, at, lane);
+    const int last = min(stop, x.end), parts = deal.block_of(x.end - 1) - deal.block_of(x.begin) + 1;
+    float* so = (float*)memory;  // (WARPS, ROWS, D), in the place of the rings
+    load_queries(c, q, x.b, x.head, warp, lane);
+    {
+      Walk me;
+      const int turn = (at - start) % WARPS;  // warps go on where they stopped in the cell before
+      share(c, me, q, ring, x, at - x.begin + (warp - turn + WARPS) % WARPS, last - x.begin, lane);
+      __syncthreads();  // the rings are free
+      leave(me, so + warp * ROWS * D, sm + warp * 8, sl + warp * 8);
+    }
+    __syncthreads();
+    const u64 slot = 2 * block + (at != start);  // at most two of a block's cells are shared: its first and its last
+    for (int quad = threadIdx.x; quad < QUADS; quad += THREADS) {  // the warps' parts to one
+      const int r = quad / (D / 4);
+      float most = NONE, sum = 0, o[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) most = fmaxf(most, sm[w * 8 + r]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float by = ex2(sm[w * 8 + r] - most);
+        const float4 y = *(const float4*)(so + w * ROWS * D + 4 * quad);
+        sum += by * sl[w * 8 + r], o[0] += y.x * by, o[1] += y.y * by, o[2] += y.z * by, o[3] += y.w * by;
+      }
+      if (parts == 1) {
+        put(c, so + WARPS * ROWS * D, x, quad, most, sum, o);
+      } else {
+        *(float4*)(c.part + slot * ROWS * D + 4 * quad) = float4{o[0], o[1], o[2], o[3]};
+        if (quad % (D / 4) == 0) c.top[slot * 8 + r] = most, c.sum[slot * 8 + r] = sum;
+      }
+    }
+    if (parts == 1) {
+      if (TURN) turn_output(c, so + WARPS * ROWS * D, x, warp, lane);
+    } else {
+      __threadfence();  // this thread's part is seen before its arrival
+      __syncthreads();
+      if (threadIdx.x == 0) arrived = atomicAdd(c.counters + x.b * HEADS + x.head, 1);
+      __syncthreads();
+      if (arrived == parts - 1) {
+        __threadfence();
+        if (threadIdx.x == 0) c.counters[x.b * HEADS + x.head] = 0;
+        merge(c, deal, x, memory, m, l, warp, lane);
+      }
+    }
+    at = last;
+    if (at < stop) {
+      __syncthreads();
+      memory_to_copies();  // what threads wrote there, copies may replace
+    }
   }
 }

@@ -1,105 +1,176 @@
-// Attention over packed pages: each warp owns pages of its own, and a ring of them in shared memory.
+// A warp's share of a cell: slices of exact tokens, then spans of packed ones that come through a ring of its own.
 //
 // Constants, beside those of page.cuh: WARPS of a block, STAGES of its rings.
 #pragma once
 
-#include "page.cuh"
+#include "deal.cuh"
 
-// Wait until the oldest page under way is there.
-__device__ __forceinline__ void page_is_there(u32 barrier, u32 phase) {
+constexpr int LIFT = 12;  // of queries before scales are known
+constexpr bool APART = KR == 2 || TURN || TYPE == 1;  // packed keys meet other queries than exact ones
+
+struct Queries {  // of a cell, in shared memory; rows of 16-bit numbers, and units of them in log2
+  u16 exact[8 * QROW], packed[APART ? 8 * QROW : 8];
+  float exact_unit[8], packed_unit[8], added[8];
+  __device__ __forceinline__ const u16* meeting_packed() const { return APART ? packed : exact; }
+};
+
+struct Ring {  // one warp's; lives as long as the block
+  char* memory;
+  u32 bars, stage, phase;
+};
+
+// Wait until the oldest span under way is there.
+__device__ __forceinline__ void span_is_there(const Ring& r) {
 #if BULK
-  await(barrier, phase);
+  await(r.bars + 8 * r.stage, r.phase);
 #else
   copies_wait<STAGES - 1>();
   __syncwarp();
 #endif
 }
 
-// A warp's share of the packed tokens: pages first + warp, first + warp + WARPS, … below `last`.
-__device__ __forceinline__ void packed_part(const Call& c, const float* q, const float* size, char* ring, u64* bars,
-                                            float* so, float* sm, float* sl, int b, int head, int first, int last,
-                                            int limit, int warp, int lane) {
-  const int n = max(0, (last - first - warp + WARPS - 1) / WARPS);
-  Walk me;
-  const int g = me.g = lane / 4, t = me.t = lane % 4;
-  const u32 bar = shared_address(bars), rings = shared_address(ring);
-#if BULK
-  if (lane == 0) {
-    for (int s = 0; s < STAGES; s++) barrier_init(bar + 8 * s);
-    barriers_made();
+__device__ __forceinline__ void begin(Walk& me, const Call& c, int lane) {
+  me.g = lane / 4, me.t = lane % 4;
+  me.m0 = me.m1 = NONE, me.cap = c.softcap * 1.442695041f;
+  me.k_most = me.v_most = -1, me.k_lift = LIFT, me.v_lift = 0;
+  me.base0 = me.base1 = -NONE;
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) me.acc[i][0] = me.acc[i][1] = me.acc[i][2] = me.acc[i][3] = 0;
+  me.zero[0] = me.zero[1] = me.zero[2] = me.zero[3] = me.centre[0] = me.centre[1] = me.centre[2] = me.centre[3] = 0;
+}
+
+// Queries as packed keys meet them.
+__device__ __forceinline__ void meet_packed(Walk& me, const Queries& q) {
+  if (KR) {
+    per_channel((const char*)(q.meeting_packed() + me.g * QROW), me.t, me.queries);
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) me.queries[i] = hmul2(me.queries[i], fold(LIFT, i / 2));
   }
-  __syncwarp();
-  const Copy mine = copy_of(c, min(lane, 5), b, head);
-  const int* table = mine.table + first + warp;
-  for (int s = 0; s < min(STAGES, n); s++) fetch(mine, rings + s * PAGE_BYTES, bar + 8 * s, table[s * WARPS], lane);
-  int next = STAGES < n ? table[STAGES * WARPS] : 0;
+  me.f0 = q.packed_unit[2 * me.t], me.f1 = q.packed_unit[2 * me.t + 1];
+  me.z0 = q.added[2 * me.t], me.z1 = q.added[2 * me.t + 1];
+  me.u0 = me.f0 * K_UNIT * power(-LIFT), me.u1 = me.f1 * K_UNIT * power(-LIFT);
+}
+
+// In Hadamard's space, sums over exact values go on together with those over packed ones. The matrix is symmetric.
+__device__ __forceinline__ void turn_sums(Walk& me) {
+#pragma unroll
+  for (int bit = 1; bit < D; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int d0 = value_channel(0, i);
+      if (bit == 1) {
+        const float a = me.acc[i][0], e = me.acc[i][1], x = me.acc[i][2], y = me.acc[i][3];
+        me.acc[i][0] = a + x, me.acc[i][1] = e + y, me.acc[i][2] = a - x, me.acc[i][3] = e - y;
+      } else if (bit >= VBYTES && bit < 8 * VBYTES) {  // among lanes
+        const int o = bit / VBYTES;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float y = __shfl_xor_sync(~0u, me.acc[i][k], 4 * o);
+          me.acc[i][k] = me.g & o ? y - me.acc[i][k] : me.acc[i][k] + y;
+        }
+      } else if (!(d0 & bit)) {
+#pragma unroll
+        for (int j = 0; j < STEPS; j++)
+          if (value_channel(0, j) == d0 + bit)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              // sums i and j stand for different powers of two
+              const float by = (float)(1 << value_shift(i)) / (1 << value_shift(j));
+              const float a = me.acc[i][k], e = me.acc[j][k] * by;
+              me.acc[i][k] = a + e, me.acc[j][k] = (a - e) / by;
+            }
+      }
+    }
+#pragma unroll
+  for (int i = 0; i < STEPS; i++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) me.acc[i][k] *= rsqrtf((float)D);
+}
+
+// Units `my`, my + WARPS, … below `last` of a cell, `my` the warp's first.
+__device__ __forceinline__ void share(const Call& c, Walk& me, const Queries& q, Ring& ring, const Cell& x, int my,
+                                      int last, int lane) {
+  const int slices = x.row.slices(), limit = x.row.low();
+  const int ahead = my < slices ? (slices - my + WARPS - 1) / WARPS : 0;
+  const int exact = max(0, (min(last, slices) - my + WARPS - 1) / WARPS);  // slices of this warp
+  const int first = my + ahead * WARPS - slices;                          // its first span
+  const int n = max(0, (min(last - slices, (limit + SPAN - 1) / SPAN) - first + WARPS - 1) / WARPS);
+  begin(me, c, lane);
+#if BULK
+  const Copy mine = copy_of(c, min(lane, 5), x.b, x.head);
+  u32 to = ring.stage;
+  for (int i = 0; i < min(STAGES, n); i++) {
+    const int span = first + i * WARPS;
+    fetch(mine, shared_address(ring.memory) + to * SPAN_BYTES, ring.bars + 8 * to, mine.table[span / PARTS], span, lane);
+    if (++to == STAGES) to = 0;
+  }
+  int next = STAGES < n ? mine.table[(first + STAGES * WARPS) / PARTS] : 0;
 #else
-  for (int s = 0; s < STAGES; s++) {
-    if (s < n) fetch(c, ring + s * PAGE_BYTES, first + warp + s * WARPS, b, head, lane);
+  for (int i = 0; i < STAGES; i++) {
+    const int to = (ring.stage + i) % STAGES;
+    if (i < n) fetch(c, ring.memory + to * SPAN_BYTES, first + i * WARPS, x.b, x.head, lane);
     copies_end();
   }
 #endif
-#pragma unroll
-  for (int i = 0; i < 8; i++) {  // folded: as much smaller as a field's place in a byte makes its codes larger
-    const int f = i % KF, d = channel(t, i / KF, f);
-    const float less = 1.0f / (1 << (KB * f));
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float x = q[g * D + d + 2 * h], y = q[g * D + d + 2 * h + 1];
-      me.queries[i][2 * h] = halves(x, y);
-      me.queries[i][2 * h + 1] = halves(x * less, y * less);
-    }
-  }
-  me.f0 = size[2 * t] * 1.442695041f, me.f1 = size[2 * t + 1] * 1.442695041f;  // units of the queries, in log2
-  me.m0 = me.m1 = NONE, me.cap = c.softcap * 1.442695041f;
-  me.k_most = me.v_most = -1, me.k_lift = me.v_lift = 0, me.u0 = me.u1 = me.base0 = me.base1 = 0;
-#pragma unroll
-  for (int i = 0; i < 8; i++) me.acc[i][0] = me.acc[i][1] = me.acc[i][2] = me.acc[i][3] = 0;
-  me.zero[0] = me.zero[1] = me.zero[2] = me.zero[3] = 0;
-  int stage = 0;
-  u32 phase = 0;
-  const bool tail = limit % PAGE && n > 0 && first + warp + (n - 1) * WARPS == limit / PAGE;
+  __syncthreads();  // queries are there
+#if TURN
+  bool turned = false;
+#endif
 #pragma unroll 1
-  for (int i = 0; i < n - tail; i++) {
-    char* page = ring + stage * PAGE_BYTES;
-    page_is_there(bar + 8 * stage, phase);
-    read_page<false>(me, page, PAGE, lane);
+  for (int i = 0; i < exact; i++) {
+    const int unit = my + i * WARPS;
+#if TURN  // exact values come first; from the first packed one on sums are in the other space
+    if (!turned && x.row.vf > x.row.kf && unit >= x.row.exact_slices()) turned = true, turn_sums(me);
+#endif
+    read_slice(c, me, q.exact, q.meeting_packed(), q.exact_unit, q.packed_unit, x.row, x.b, x.head, unit);
+  }
+#if TURN
+  if (exact && !turned) turn_sums(me);
+#endif
+  meet_packed(me, q);
+  const bool tail = limit % SPAN && n > 0 && first + (n - 1) * WARPS == limit / SPAN;
+#pragma unroll 1
+  for (int i = 0; i < n; i++) {
+    char* span = ring.memory + ring.stage * SPAN_BYTES;
+    span_is_there(ring);
+    if (tail && i == n - 1) {
+      read_span<true>(me, span, q.meeting_packed(), limit % SPAN, lane);
+    } else {
+      read_span<false>(me, span, q.meeting_packed(), SPAN, lane);
+    }
     __syncwarp();
 #if BULK
     if (i + STAGES < n) {
-      fetch(mine, rings + stage * PAGE_BYTES, bar + 8 * stage, next, lane);
-      next = table[min(i + STAGES + 1, n - 1) * WARPS];  // asked for an iteration before it is needed
+      fetch(mine, shared_address(span), ring.bars + 8 * ring.stage, next, first + (i + STAGES) * WARPS, lane);
+      next = mine.table[(first + min(i + STAGES + 1, n - 1) * WARPS) / PARTS];  // asked for before it is needed
     }
 #else
-    if (i + STAGES < n) fetch(c, page, first + warp + (i + STAGES) * WARPS, b, head, lane);
+    if (i + STAGES < n) fetch(c, span, first + (i + STAGES) * WARPS, x.b, x.head, lane);
     copies_end();
 #endif
-    if (++stage == STAGES) stage = 0, phase ^= 1;
-  }
-  if (tail) {
-    page_is_there(bar + 8 * stage, phase);
-    read_page<true>(me, ring + stage * PAGE_BYTES, limit % PAGE, lane);
+    if (++ring.stage == STAGES) ring.stage = 0, ring.phase ^= 1;
   }
 #if !BULK
   copies_wait<0>();
 #endif
-  __syncthreads();  // the rings are free: the parts of all warps take their place
+}
+
+// A warp's sums, their reference and the sum of the weights to shared memory: so (ROWS, D), sm and sl (8,).
+__device__ __forceinline__ void leave(const Walk& me, float* so, float* sm, float* sl) {
+  const int g = me.g, t = me.t;
 #pragma unroll
-  for (int j = 0; j < VW / 32; j++)
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int f = 0; f < VF; f++) {
-        const float* x = me.acc[(j * 2 + h) * VF + f];
-        const int d = f * VW + 32 * j + 4 * g + 2 * h, k = (f * VW + 32 * j) / VG;
-        const float z0 = __shfl_sync(~0u, me.zero[0], k * 4 + t), z1 = __shfl_sync(~0u, me.zero[1], k * 4 + t);
-        const float unit = UNIT / (1 << (VB * f));
-        float *to = so + (warp * 8 + 2 * t) * D + d, *beside = to + D;
-        to[0] = x[0] * unit + z0, beside[0] = x[1] * unit + z1;
-        to[1] = x[2] * unit + z0, beside[1] = x[3] * unit + z1;
-      }
+  for (int i = 0; i < STEPS; i++) {
+    const float* x = me.acc[i];
+    const int d = value_channel(g, i), k = value_group(i);
+    float z0 = __shfl_sync(~0u, me.zero[0], k * 4 + t), z1 = __shfl_sync(~0u, me.zero[1], k * 4 + t);
+    if (TURN) z0 -= CENTRE * me.centre[0], z1 -= CENTRE * me.centre[1];
+    const float unit = V_UNIT / (1 << value_shift(i));
+    float *to = so + 2 * t * D + d, *beside = to + D;
+    if (2 * t < ROWS) to[0] = x[0] * unit + z0, to[1] = x[2] * unit + z0;
+    if (2 * t + 1 < ROWS) beside[0] = x[1] * unit + z1, beside[1] = x[3] * unit + z1;
+  }
   if (g == 0) {
-    sm[warp * 8 + 2 * t] = me.m0 - me.v_lift, sm[warp * 8 + 2 * t + 1] = me.m1 - me.v_lift;
-    sl[warp * 8 + 2 * t] = me.zero[2], sl[warp * 8 + 2 * t + 1] = me.zero[3];
+    sm[2 * t] = me.m0 - me.v_lift, sm[2 * t + 1] = me.m1 - me.v_lift;
+    sl[2 * t] = me.zero[2], sl[2 * t + 1] = me.zero[3];
   }
 }
