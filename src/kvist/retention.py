@@ -80,7 +80,7 @@ class Gather(Rule):
     packed whole unless it is shorter: between 0 and size-1 wait (values of LogQuant's PartialStreamingQuant)."""
 
     kind: Literal["gather"] = "gather"
-    size: PositiveInt
+    size: Tokens
 
     @property
     def chunking(self) -> str:
