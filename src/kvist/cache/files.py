@@ -77,6 +77,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
     for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
         _load_layer(layer, state, own, model)
+    cache.keep_exact(next((layer.exact for layer in cache.ours if layer.is_initialized), None))
     return cache
 
 

@@ -72,7 +72,9 @@ def _convert(path: Path, folder: Path) -> None:
     """Write config, weights, generation config, tokenizer and chat template of a file as a model folder."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     header = read_header(path)
     config = AutoConfig.from_pretrained(**where)
