@@ -59,9 +59,9 @@ def converted(path: Path, cache: Path, say: Callable[[str], None] = lambda text:
             made = Path(scratch) / "model"
             try:
                 _convert(path, made)
-            except OSError:
-                raise
             except Exception as error:  # transformers, tokenizers and gguf raise many kinds for a bad file
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
+                    raise
                 words = next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
                 raise ValueError(f"{path} cannot be read as a model: {words}") from error
             made.rename(folder)
