@@ -59,8 +59,6 @@ class Cache(TransformersCache):
         if exact_dtype is not None and not exact_dtype.is_floating_point:
             raise ValueError(f"exact_dtype is a type of floating-point numbers, found {exact_dtype}")
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
-        if exact_dtype is not None:
-            self.describes = replace(self.describes, shape=replace(self.describes.shape, exact=exact_dtype))
         self._check_fit(model)
         self.rows = Rows()
         plans = iter(recipe.for_layers(len(self.describes.served)))
@@ -69,8 +67,7 @@ class Cache(TransformersCache):
             for i, kind in enumerate(self.describes.kinds)
         ]
         super().__init__(layers=layers)
-        for layer in self.ours:
-            layer.exact = self.describes.shape.exact
+        self.keep_exact(exact_dtype or self.describes.shape.exact)
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `captured`
         self.upcoming: list[int] = []  # the position of each row's next token
@@ -99,6 +96,12 @@ class Cache(TransformersCache):
     def _listen(self, model) -> None:
         self._model = weakref.ref(model)
         self.close = watch(model, self, "hear", "finish")
+
+    def keep_exact(self, dtype: torch.dtype | None) -> None:
+        """Say in which type layers that pack store exact tokens, before there are any; None: as they come."""
+        self.describes = replace(self.describes, shape=replace(self.describes.shape, exact=dtype))
+        for layer in self.ours:
+            layer.exact = dtype
 
     @property
     def ours(self) -> list[Layer]:

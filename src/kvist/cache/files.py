@@ -110,6 +110,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
         except BaseException:
             cache.close()
             raise
+    cache.keep_exact(next((layer.exact for layer in cache.ours if layer.is_initialized), None))
     return cache
 
 

@@ -83,9 +83,7 @@ def _checked(name: str, make):
     path = Path(name)
     looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
-        raise ValueError(
-            f"expected a model's folder, its GGUF file or its name on the Hugging Face Hub, found none at {name}"
-        )
+        raise ValueError(f"expected a model's folder, GGUF file or Hub name, found no folder or file at {name}")
     if looks_local and not (path / "config.json").is_file():
         raise ValueError(f"{name} is no model: the folder has no config.json")
     try:

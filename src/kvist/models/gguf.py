@@ -59,9 +59,9 @@ def converted(path: Path, cache: Path, say: Callable[[str], None] = lambda text:
             made = Path(scratch) / "model"
             try:
                 _convert(path, made)
-            except OSError:
-                raise
             except Exception as error:  # transformers, tokenizers and gguf raise many kinds for a bad file
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
+                    raise
                 words = next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
                 raise ValueError(f"{path} cannot be read as a model: {words}") from error
             made.rename(folder)
@@ -72,7 +72,9 @@ def _convert(path: Path, folder: Path) -> None:
     """Write config, weights, generation config, tokenizer and chat template of a file as a model folder."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     header = read_header(path)
     config = AutoConfig.from_pretrained(**where)
