@@ -32,7 +32,9 @@ class Rounded(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         before = self.get_seq_length()
         stored = super().update(key_states, value_states)
-        return tuple(torch.cat([rounded(x[:, :, :before], 8), x[:, :, before:]], 2) for x in stored) if before else stored
+        return (
+            tuple(torch.cat([rounded(x[:, :, :before], 8), x[:, :, before:]], 2) for x in stored) if before else stored
+        )
 
 
 def reference(model, method: str, served: list[int]) -> DynamicCache:

@@ -67,7 +67,7 @@ class Cache(TransformersCache):
             for i, kind in enumerate(self.describes.kinds)
         ]
         super().__init__(layers=layers)
-        self.keep_exact(exact_dtype or self.describes.shape.exact)
+        self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `captured`
         self.upcoming: list[int] = []  # the position of each row's next token
@@ -99,7 +99,8 @@ class Cache(TransformersCache):
 
     def keep_exact(self, dtype: torch.dtype | None) -> None:
         """Say in which type layers that pack store exact tokens, before there are any; None: as they come."""
-        self.describes = replace(self.describes, shape=replace(self.describes.shape, exact=dtype))
+        shapes = tuple(replace(shape, exact=dtype) for shape in self.describes.shapes)
+        self.describes = replace(self.describes, shapes=shapes)
         for layer in self.ours:
             layer.exact = dtype
 
@@ -364,7 +365,7 @@ class Cache(TransformersCache):
 
     def bill(self, tokens: int, reserve: int) -> int:
         """Bytes that one row of `tokens`, read at once, takes in the layers that kvist stores."""
-        return self.recipe.bill(self.describes.shape, len(self.ours), tokens, reserve=reserve).total()
+        return self.recipe.bill(self.describes.shapes, len(self.ours), tokens, reserve=reserve).total()
 
     def save(self, path: str | Path) -> None:
         """Write everything stored to one safetensors file, atomically."""

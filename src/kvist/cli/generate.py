@@ -145,7 +145,7 @@ class Session:
         """What the run took, as plain data."""
         report, slots = self.cache.report(), self.cache.get_seq_length()
         cuda = self.model.device.type == "cuda"
-        shape, advice = self.cache.describes.shape, None
+        shape, advice = self.cache.describes.shapes[0], None
         if self.ended_at_once:
             template = self.tokenizer.chat_template is not None
             advice = prompts.advice(self.raw, template, not self.sampling["do_sample"])
@@ -176,8 +176,8 @@ class Session:
 
     def _bill(self, tokens: int) -> dict:
         """What a prompt of so many tokens will take, with room reserved for just them, beside 16 bits."""
-        shape, nbytes = self.cache.describes.shape, self.cache.bill(tokens, reserve=tokens)
-        elements = len(self.cache.ours) * tokens * shape.heads * (shape.key_dim + shape.value_dim)
+        nbytes = self.cache.bill(tokens, reserve=tokens)
+        elements = tokens * sum(s.heads * (s.key_dim + s.value_dim) for s in self.cache.describes.shapes)
         return {"bytes": nbytes, "bits_per_element": 8 * nbytes / elements, "bytes_16_bit": 2 * elements}
 
     def _room(self, nbytes: int) -> int:
