@@ -82,7 +82,7 @@ def draw(data: dict, path: Path) -> None:
         look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "s": 70, "alpha": 0.85, "linewidths": 0}
         left.scatter([size], [max(row["kl"], floor)], label=f"{row['method']}  ({row['used_bits']:.1f} bits)", **look)
         right.scatter([size], [row["right"]], **look)
-        if row["kl"] <= LEAST:
+        if row["kl"] <= LEAST < rows[i - 1]["kl"]:
             left.annotate("rounding", (size, floor), (6, 8), textcoords="offset points", ha="right")
     left.set_title("how far from the model's own cache", loc="left", fontsize="medium")
     left.set_ylabel("KL divergence, nats (lower is better)")
