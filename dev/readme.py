@@ -58,7 +58,9 @@ def picture() -> str | None:
 PARTS: dict[str, Callable[[], str | None]] = {
     "generated: catalogue": catalogue,
     "measured: picture": picture,
+    "measured: answers": tables.answers,
     "measured: demo": tables.demo,
+    "measured: bundled": lambda: tables.demo(tables.BUNDLED),
     "measured: decode": tables.decode,
     "measured: decode-passive": lambda: tables.decode(tables.PASSIVE),
     "measured: encode": tables.encode,

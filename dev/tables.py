@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ("runs/demo.json", "out/demo/results.json")  # the first that exists
+BUNDLED = ("runs/demo-bundled.json",)
+SHOWN = ("exact", "kivi:4", "kvquant:3", "hadamard:4")  # whose answers are shown
 DECODE = ("runs/decode.json",)
 PASSIVE = ("runs/decode-passive.json",)
 ENCODE = ("runs/encode.json",)
@@ -21,25 +23,49 @@ VARIANTS = ("plain", "mild", "strong")
 
 
 def demo(where: tuple[str, ...] = DEMO) -> str | None:
-    """The demo's table: one row per method."""
+    """The demo's table: one row per method. Runs of earlier releases lack some columns."""
     found = _read(where)
     if found is None:
         return None
+    small = found["results"][0]["nbytes"] < 10 * 2**20
     columns = {
-        "method": lambda r: f"`{r['method']}`",
-        "bits per element": lambda r: f"{r['bits_per_element']:.2f}",
-        "cache KiB": lambda r: f"{r['nbytes'] / 1024:,.0f}",
-        "KL to exact, nats": lambda r: f"{r['kl']:.2g}",
-        "answers right": lambda r: f"{r['right']} of {r['asked']}",
-        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+        "method": ("method", lambda r: f"`{r['method']}`"),
+        "bits used": ("used_bits", lambda r: f"{r['used_bits']:.2f}"),
+        "at 8K": ("billed", lambda r: f"{r['billed']['8192']:.2f}"),
+        "at 32K": ("billed", lambda r: f"{r['billed']['32768']:.2f}"),
+        "bits": ("bits_per_element", lambda r: f"{r['bits_per_element']:.2f}"),
+        "cache KiB" if small else "cache MiB": (
+            "nbytes",
+            lambda r: f"{r['nbytes'] / 2**10:,.0f}" if small else f"{r['nbytes'] / 2**20:.1f}",
+        ),
+        "KL, nats": ("kl", lambda r: "0" if r["kl"] < 1e-9 else f"{r['kl']:.2g}"),
+        "top-1": ("agreement", lambda r: f"{r['agreement']:.1%}"),
+        "facts found": ("right", lambda r: f"{r['right']} of {r['asked']}"),
+        "tokens/s": ("tokens_per_second", lambda r: f"{r['tokens_per_second']:.1f}"),
     }
+    if "used_bits" in found["results"][0]:
+        del columns["bits"]
+    columns = {name: cell for name, (key, cell) in columns.items() if key in found["results"][0]}
     rows = [[cell(row) for cell in columns.values()] for row in found["results"]]
+    documents = _count(found["documents"], "document")
+    lengths = " to ".join(dict.fromkeys(f"{found[name]:,}" for name in ("shortest", "longest")))
     note = (
-        f"{found['questions']} questions about {found['documents']} documents of {found['shortest']} to "
-        f"{found['longest']} tokens, seed {found['seed']}; {_count(found['threads'], 'thread')}, "
-        f"torch {found['torch']}, transformers {found['transformers']}."
+        f"{found.get('model', 'bundled')}: {found['questions']} questions about {documents} of {lengths} tokens, seed "
+        f"{found['seed']}; {_count(found['threads'], 'thread')}, torch {found['torch']}, transformers "
+        f"{found['transformers']}."
     )
-    return f"{note}\n\n{table(list(columns), rows, 'lrrrrr')}\n\n{found['caption']}"
+    return f"{note}\n\n{table(list(columns), rows, 'l' + 'r' * (len(columns) - 1))}\n\n{found['caption']}"
+
+
+def answers(where: tuple[str, ...] = DEMO) -> str | None:
+    """The demo's answers to its open question, one above the other."""
+    found = _read(where)
+    if found is None:
+        return None
+    rows = [row for row in found["results"] if row["method"] in SHOWN]
+    width = max(len(row["method"]) for row in rows)
+    lines = [f"{row['method']:<{width}}  {(row['answer'].splitlines() or ['(nothing)'])[0]}" for row in rows]
+    return "\n".join(["```text", found["open"], "", *lines, "```"])
 
 
 def decode(where: tuple[str, ...] = DECODE) -> str | None:

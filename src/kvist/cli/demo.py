@@ -71,10 +71,10 @@ def demo(
 def _methods(name: str, chosen: list[str] | None):
     """Names and recipes, the baseline and `exact` first; by default those that need no tables, or have them."""
     from kvist.demo.measure import BASELINE
-    from kvist.demo.model import FITTED, recipe
+    from kvist.demo.model import fitted, recipe
     from kvist.methods import parse
 
-    default = [text for text in METHODS if (FITTED / name).is_dir() or not parse(text).needs]
+    default = [text for text in METHODS if fitted(name) or not parse(text).needs]
     texts = dict.fromkeys(["exact", *(chosen or default)])
     return [(BASELINE, None), *((text, recipe(text, name)) for text in texts)]
 

@@ -1,5 +1,6 @@
 """`kvist eval`: how good methods are, measured the same way, with what they store."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -181,11 +182,11 @@ def _rescore(folder: Path, json: bool) -> None:
 
 
 def _recipes(model: str):
-    """What makes recipes of texts: for the bundled model, its own artefacts do for kvquant."""
-    from kvist.demo.model import BUNDLED, recipe
+    """What makes recipes of texts: for the demo's models, the artefacts that come with them do for kvquant."""
+    from kvist.demo.model import fitted, recipe
     from kvist.methods import parse
 
-    return recipe if model == BUNDLED else parse
+    return partial(recipe, name=model) if fitted(model) else parse
 
 
 def _results(out: Path | None):

@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from kvist.methods import parse
-from kvist.models.find import find
+from kvist.models.find import PACKAGED, find
 from kvist.plan import Recipe
 
 BUNDLED = "bundled"
 FOLDER = Path(__file__).with_name("kvist-6m")
 FITTED = Path(__file__).with_name("kvquant")  # NAME/BITS: artefacts of 2, 3 and 4 bits, by dev/artifacts.py
+
+
+def fitted(name: str) -> bool:
+    """Whether artefacts for this model come with the demo."""
+    return name in (BUNDLED, PACKAGED)
 
 
 def recipe(text: str, name: str = BUNDLED) -> Recipe:
@@ -20,7 +25,7 @@ def recipe(text: str, name: str = BUNDLED) -> Recipe:
         return made
     widths = sorted({side.codec.levels.bits for plan in made.layers for side in plan.sides})
     folders = [FITTED / name / str(bits) for bits in widths]
-    if missing := [bits for bits, folder in zip(widths, folders, strict=True) if not folder.is_dir()]:
+    if missing := [bits for bits, at in zip(widths, folders, strict=True) if not (fitted(name) and at.is_dir())]:
         raise ValueError(f"no artefact of {missing[0]} bits comes for the model {name}; `kvist calibrate` makes one")
     return parse(text, artifact=",".join(map(str, folders)))
 

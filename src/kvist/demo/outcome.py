@@ -16,13 +16,14 @@ CAPTION = (
     f"text of that length, by its bill. MiB: all that is allocated, with room for {ROOM} more tokens. Used bits and "
     "MiB are counted from the tensors. KL and top-1: {scored} tokens behind the rest of the document, "
     f"{STEP} at a time: how far the distribution of the next token is from {BASELINE}'s, and how often both put the "
-    "same token first. Found: each token of the answer is the model's first choice. Tokens/s: one row, median of "
-    f"{ANSWER} steps, the methods in turns. {BASELINE} is transformers' own cache, in {{dtype}} as the model computes; "
-    "methods that pack keep the tokens that wait in {kept}. "
+    "same token first. Found: each token of the answer is the model's first choice; with so few facts, one or two "
+    "more or less say nothing. Tokens/s: one row, median of "
+    f"{ANSWER} steps, the methods in turns. {BASELINE} is transformers' own cache, in {{dtype}} as the model computes "
+    "({half:.1f} MiB in 16 bits); methods that pack keep the tokens that wait in {kept}. "
     f"{BASELINE}'s own KL is rounding: the same tokens at once, or {STEP} at a time."
 )
 MARKERS = "osD^vPX<>*hp"
-LEAST = 1e-9  # nats: a KL below is rounding in the last place of fp32
+LEAST = 1e-6  # nats: a KL below is rounding in fp32, and drawn as none
 
 
 def summary(model: str, documents: list[Document], results: list[Result], seed: int, dtypes: tuple[str, str]) -> dict:
@@ -30,6 +31,8 @@ def summary(model: str, documents: list[Document], results: list[Result], seed: 
     wait are kept in."""
     lengths = [len(document.ids) for document in documents]
     scored = sum(document.scored - 1 for document in documents)
+    first = results[0]
+    half = first.nbytes * 16 / first.bits_per_element / 2**20 if first.bits_per_element else 0.0
     return {
         "kvist": __version__,
         "torch": torch.__version__,
@@ -43,7 +46,7 @@ def summary(model: str, documents: list[Document], results: list[Result], seed: 
         "shortest": min(lengths),
         "longest": max(lengths),
         "open": documents[0].open.text.strip(),
-        "caption": CAPTION.format(scored=scored, dtype=dtypes[0], kept=dtypes[1]),
+        "caption": CAPTION.format(scored=scored, half=half, dtype=dtypes[0], kept=dtypes[1]),
         "results": [asdict(result) for result in results],
     }
 
@@ -79,8 +82,8 @@ def draw(data: dict, path: Path) -> None:
         look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "s": 70, "alpha": 0.85, "linewidths": 0}
         left.scatter([size], [max(row["kl"], floor)], label=f"{row['method']}  ({row['used_bits']:.1f} bits)", **look)
         right.scatter([size], [row["right"]], **look)
-        if row["kl"] <= LEAST:
-            left.annotate("0", (size, floor), (0, 8), textcoords="offset points", ha="center")
+        if row["kl"] <= LEAST < rows[i - 1]["kl"]:
+            left.annotate("rounding", (size, floor), (6, 8), textcoords="offset points", ha="right")
     left.set_title("how far from the model's own cache", loc="left", fontsize="medium")
     left.set_ylabel("KL divergence, nats (lower is better)")
     left.set_yscale("log")
@@ -93,6 +96,6 @@ def draw(data: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, title="by size: used bits per number")
-    many = "one document" if data["documents"] == 1 else f"{data['documents']} documents"
-    figure.suptitle(f"{data['model']} reads {many} of up to {data['longest']:,} tokens: one model, a cache per method")
+    many = "one document of" if data["documents"] == 1 else f"{data['documents']} documents of up to"
+    figure.suptitle(f"{data['model']} reads {many} {data['longest']:,} tokens: one model, a cache per method")
     figure.savefig(path, dpi=130, format="png")
