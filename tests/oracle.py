@@ -121,13 +121,17 @@ class Stream:
         self.frontier, self.decided = min(self.frontier, length), min(self.decided, length)
         self.pinned = {p for p in self.pinned if p < length}
 
-    def read(self) -> Tensor:
-        """All tokens as attention sees them, (H, n, D)."""
+    def packed(self) -> Tensor:
+        """Which tokens are not exact, (n,)."""
         sinks = self.side.retention.sinks
         packed = torch.zeros(self.raw.shape[1], dtype=torch.bool)
         packed[sinks : sinks + self.frontier] = True
         packed[[sinks + p for p in self.pinned]] = False
-        return torch.where(packed[:, None], self.decoded, self.raw)
+        return packed
+
+    def read(self) -> Tensor:
+        """All tokens as attention sees them, (H, n, D)."""
+        return torch.where(self.packed()[:, None], self.decoded, self.raw)
 
 
 class Row:
@@ -208,6 +212,17 @@ class OracleLayer(CacheLayerMixin):
                 rows.append(full)
             sides.append(torch.stack(rows))
         return tuple(sides)
+
+    def misturned(self) -> Tensor:
+        """The angles by which packed keys would be turned further had no product of a position and a frequency been
+        rounded to fp32, as transformers rounds it: (B, slots, F), fp64; F is 0 where keys are stored as rotated."""
+        frequencies = torch.tensor(getattr(self.plan.key.codec.transform, "frequencies", ()), dtype=torch.float32)
+        angles = torch.zeros(len(self.rows), self.slots, len(frequencies), dtype=torch.float64)
+        for row, into in zip(self.rows, angles, strict=True):
+            at = torch.tensor(row.streams[0].at)[:, None]
+            further = at.double() * frequencies.double() - (at.float() * frequencies).double()
+            into[torch.tensor(row.real, dtype=torch.bool)] = further * row.streams[0].packed()[:, None]
+        return angles
 
     def crop(self, tokens_to_remove: int) -> None:
         self.slots = max(0, self.slots - abs(tokens_to_remove))

@@ -11,9 +11,13 @@ import kvist
 
 NEW = 40
 MATRIX = [(text, way) for text in CASES for way in WAYS if way != "eager" or text in EACH]
+NARROW = [  # again where the processor may use fewer instructions
+    pytest.param(*case, marks=pytest.mark.numerical if case[0] in EACH and case[1] == "attached" else ())
+    for case in MATRIX
+]
 
 
-@pytest.mark.parametrize(("text", "way"), MATRIX)
+@pytest.mark.parametrize(("text", "way"), NARROW)
 def test_greedy(text, way):
     compare(generating(unpadded(1, 190), NEW), recipe(text), way)
 

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from models_tiny import tiny_llama
 from oracle import OracleCache
-from shadow import same, same_attention
+from shadow import same, same_attention, turn_further
 
 import kvist
 from kvist.cache.handle import Handle
@@ -106,7 +106,8 @@ class Machine(RuleBasedStateMachine):
                 same(found.masked_fill(~self.real[:, None, :, None], 0), want, side)
             if isinstance(given[0], Handle):
                 query = torch.randn(len(pads), 4, count, DIM, generator=generator)
-                same_attention(given[0].source.attend(query, DIM**-0.5), query, *wanted, self.real)
+                turned = turn_further(wanted[0], self.oracle.layers[layer])
+                same_attention(given[0].source.attend(query, DIM**-0.5), query, *wanted, self.real, turned)
 
     @precondition(lambda self: not self.empty)
     @rule(depth=st.one_of(st.integers(1, 33), st.integers(1, 200)))

@@ -1,5 +1,7 @@
 """The fast CPU kernels mean what the reference means."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,20 @@ from kvist.kernels.grid import rotate
 from kvist.methods.parts import per_channel, per_token
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.numerical
 CPU = torch.device("cpu")
 PAGE = 128
+
+
+def test_the_processor_is_the_one_that_was_asked_for():
+    """Else the tests that run again under narrower instruction sets would run as before."""
+    from numba.core.registry import cpu_target
+
+    wanted = {name: os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")}
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    assert wanted["ATEN_CPU_CAPABILITY"] in (None, capability)
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    assert wanted["NUMBA_CPU_NAME"] in (None, name) and wanted["NUMBA_CPU_FEATURES"] in (None, features)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ from kvist.kernels.choose import Stored, decoder, encoder, packed_attention
 from kvist.kernels.rotary import turn
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.numerical
 CPU = torch.device("cpu")
 PAGE = 64
 
