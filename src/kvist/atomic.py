@@ -14,8 +14,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A scratch file beside `path`: it takes its place when the block ends well, and goes when it does not. Files that
     belong together are opened together: `with replacing(last) as a, replacing(first) as b`, all of them or none."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected a file to write at {path}, found a folder; move it away")
+    writable(path)
     if not path.parent.is_dir():
         raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part" + path.suffix)
@@ -27,6 +26,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def writable(*paths: str | Path) -> None:
+    """Refuse a folder in the place of any of these files, before the first is written."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise ValueError(f"expected a file to write at {path}, found a folder; move it away")
 
 
 def write_json(path: str | Path, data) -> None:

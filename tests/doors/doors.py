@@ -55,7 +55,7 @@ class Door:
 def code(recipe: Recipe) -> None:
     """Tokens through a cache of a recipe: a prompt, and steps that read what was packed."""
     model = tiny_llama()
-    str(recipe), recipe.bill(describe(model).shape, 2, 200), recipe.chunking, recipe.needs
+    assert str(recipe) and recipe.bill(describe(model).shape, 2, 200).total() >= 0
     go_on(kvist.Cache(model, recipe), 140)
 
 
@@ -164,14 +164,15 @@ def profile(path: Path) -> None:
 def use_profile(path: Path) -> None:
     found = Profile.load(path)
     rules.top(found.norms("k").tolist(), found.norms("v").tolist())
-    found.unstable, found.summary()
+    assert found.unstable is not None and found.summary()
 
 
 def use_results(path: Path) -> None:
     for group in load_results(path):
-        group.about, group.whole
+        assert group.about is not None and group.whole
         for entry in group.entries:
-            entry.source, statistics(entry.cell, 0)
+            assert entry.source
+            statistics(entry.cell, 0)
 
 
 def write_results(path: Path) -> None:

@@ -20,13 +20,8 @@ def open_all(folder: Path, names: list[str], count: int) -> tuple[dict[str, Coun
     found, wrong = {name: Counter() for name in names}, []
     firsts = dict.fromkeys(names, 0)
     while firsts and len(wrong) < MOST:
-        command = [
-            sys.executable,
-            str(WORKER),
-            str(folder),
-            str(count),
-            *(f"{n}:{first}" for n, first in firsts.items()),
-        ]
+        rest = [f"{name}:{first}" for name, first in firsts.items()]
+        command = [sys.executable, str(WORKER), str(folder), str(count), *rest]
         with (folder / "said").open("wb") as said:  # what libraries say on stderr is no sentence of a door
             ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, timeout=60 + count * len(names))
         for line in ended.stdout.decode().splitlines():

@@ -169,3 +169,12 @@ def test_the_program_compares(folder):
 def _ends(part: str) -> tuple[int, int]:
     first, _, last = part.partition("-")
     return int(first), int(last or first) + 1
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "pareto.png"])
+def test_a_folder_in_place_of_one_file_writes_none(name, tmp_path):
+    write(tmp_path / "results.jsonl", rows(("fidelity",), METHODS, ("kvist-6m",), ("none",), 2))
+    (tmp_path / "out" / name).mkdir(parents=True)
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and f"{name}, found a folder; move it away" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]

@@ -6,7 +6,6 @@ GPTQ, whose perplexities KVQuant reports.
 
 import hashlib
 import json
-import lzma
 import random
 import re
 from collections.abc import Sequence
@@ -16,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvist import stranger
+
 SEPARATOR = "<|endoftext|>"
 BLANK = "\n\n"
+MOST_BYTES = 1 << 31  # of a text
 WIDE = 8  # characters that hold a token, with room to spare
 # where a name's text lies in a folder of data, by what it is for
 PLACES = {
@@ -165,11 +167,12 @@ def _check(seqlen: int, count: int) -> None:
 
 def _read(path: Path) -> list[str]:
     try:
-        data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        unreadable = "it is not an xz file" if isinstance(error, lzma.LZMAError) else "it is not text in UTF-8"
-        raise ValueError(f"the text {path} cannot be read: {getattr(error, 'strerror', None) or unreadable}") from None
+        data = stranger.read(path, MOST_BYTES)
+        text = (stranger.unpack(data, MOST_BYTES) if path.suffix == ".xz" else data).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"the text {path} cannot be read: it is not text in UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"the text {path} cannot be read: {error}") from None
     return [part for part in text.split(SEPARATOR) if part.strip()]
 
 

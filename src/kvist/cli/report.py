@@ -35,9 +35,11 @@ def report(
         raise ValueError(NEEDED) from None
     target = _target(folder, out)
 
+    from kvist.atomic import writable
     from kvist.report import canvas, figures, markdown, page, study
     from kvist.report.verdict import verdict
 
+    writable(target / PAGE, target / TABLE, target / PICTURE)
     found = study.read(folder, baseline, seed)
     text = page.render(found)
     picture, _ = figures.frontier(found, found.models[0])

@@ -126,6 +126,10 @@ class Cell:
                 at.setdefault(item, (row, i))
         self.items = sorted(at if items is None else at.keys() & set(items))
         names = self.first.values
+        for row in rows:
+            if row.values.keys() != names.keys():
+                odd = ", ".join(sorted(row.values.keys() ^ names.keys()))
+                raise ValueError(f"rows of {row.method} on {row.task} differ in what they measured: {odd}")
         self.values = {name: [at[item][0].values[name][at[item][1]] for item in self.items] for name in names}
         self.bits = sum(at[item][0].bits for item in self.items) / len(self.items) if self.items else math.nan
 

@@ -133,6 +133,6 @@ class _Reader:
         for dim in dims:
             elements *= dim
         block, nbytes = sizes[kind]
-        if not elements or dims[0] % block:
+        if not dims or not elements or dims[0] % block:
             raise ValueError(f"its tensor {name} of shape {dims} has no numbers, or rows that are not whole blocks")
         return elements, elements // block * nbytes, offset, kind
