@@ -121,8 +121,11 @@ def _talk(session, max_new_tokens: int) -> None:
         if not said.strip():
             break
         turns.append({"role": "user", "content": said})
+        ids = session.turn(turns)
+        if session.again:
+            aside.print(f"[layers of this model cannot go back: the conversation, {len(ids)} tokens, is read again]")
         try:
-            session.write(session.turn(turns), max_new_tokens, stream=True)
+            session.write(ids, max_new_tokens, stream=True)
         except KeyboardInterrupt:
             session.interrupted()
         turns.append({"role": "assistant", "content": session.text})

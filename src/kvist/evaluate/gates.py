@@ -1,6 +1,5 @@
 """Are the ports faithful? Checks that come before any comparison of methods is believed."""
 
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache
