@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 FAMILIES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 LAYERS = 4
-TOKENS = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+FIXED = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True}
 IGNORED = ("model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id", "num_labels")
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 WINDOW = 24  # shorter than the prompts of the tests
@@ -53,12 +53,15 @@ LEFT = re.compile(
 # what the defaults do not show, or the rules get wrong
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
-    "dots1": {"n_routed_experts": 4, "layer_types": ["full_attention"] * 4, "first_k_dense_replace": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "dory": {"layer_types": ["sliding_attention", "full_attention"] * 2, "n_input_layers": 1, "n_recurrent_layers": 2,
              "n_output_layers": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
                      "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -71,7 +74,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"num_key_value_heads": 2},
     "reformer": {"is_decoder": True},
-    "zamba2": {"mamba_headdim": 32, "n_mamba_heads": 4},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+              "num_hidden_layers": 5, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"mamba_headdim": 32, "n_mamba_heads": 4, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -115,7 +120,7 @@ def shrunk(config) -> dict[str, Any]:
             made[name] = list(range(len(kept))) if value == list(range(deep)) else [value[i] for i in kept]
         elif isinstance(value, int) and not isinstance(value, bool):
             made[name] = len(kept) if name in DEPTHS else number(name, value)
-    made |= {name: token for name, token in TOKENS.items() if name in known}
+    made |= {name: fixed for name, fixed in FIXED.items() if name in known}
     made = {name: value for name, value in made.items() if value != known[name]}
     if known.get("head_dim") is not None and known.get("head_dim") == known.get("qk_rope_head_dim"):
         made["head_dim"] = made["qk_rope_head_dim"]

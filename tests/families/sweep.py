@@ -5,6 +5,7 @@ over that with full attention rounded to 8 bits, the reference of `int8`; then o
 "within" (the budget of rounding), or the sentence with which kvist refuses; anything else is an AssertionError.
 """
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 import kvist
 from kvist.evaluate.contenders import contender
-from kvist.evaluate.generation import Prompt, generate
+from kvist.evaluate.generation import Prompt, forward, generate
 from kvist.evaluate.tokenwise import exact, score
 from kvist.models.compat import cache_argument
 
@@ -131,6 +132,7 @@ class Words:
         return " ".join(map(str, ids))
 
 
+@torch.no_grad()
 def evaluated(model, method: str) -> str:
     """Fidelity and passkey as `kvist eval` asks for them: of `exact` no divergence and the model's own answers."""
     windows, found = tokens(2, PROMPT + 20), contender(method)
@@ -143,14 +145,14 @@ def evaluated(model, method: str) -> str:
         assert scores.tokens.kl.median() < 1e-2, f"divergence {scores.tokens.kl.median():.1e}"
         return "within"
     assert scores.tokens.kl.max() < 1e-6, f"divergence {scores.tokens.kl.max():.1e}"
-    for i, row in enumerate(windows):
-        told = row[None, : PROMPT + 5]
-        cache, own = DynamicCache(config=model.config), []
-        chunks = [told[:, :PROMPT], told[:, PROMPT:]]
-        for _ in range(4):
-            chunks = [said(model, cache, *chunks)[:, -1:].argmax(-1)]
-            own.append(int(chunks[0]))
-        assert answers.texts[i] == Words().decode(own), f"answers {answers.texts[i]}, the model {own}"
+    cache, mask, own = DynamicCache(config=model.config), torch.ones_like(windows[:, : PROMPT + 5]), []
+    forward(model, cache, windows[:, :PROMPT], mask[:, :PROMPT])
+    chunk = windows[:, PROMPT : PROMPT + 5]
+    for _ in range(4):
+        own.append(chunk := forward(model, cache, chunk, mask, 1).argmax(-1))
+        mask = torch.cat([mask, mask[:, :1]], 1)
+    own = [Words().decode(row) for row in torch.cat(own, 1).tolist()]
+    assert answers.texts == own, f"answers {answers.texts}, the model {own}"
     return "equal"
 
 
@@ -164,22 +166,26 @@ OPERATIONS: dict[str, Callable[[Case], Tensor]] = {
 
 
 def verdict(model, operation: str, method: str, folder: Path) -> str:
-    """What becomes of an operation: "equal", "within", or kvist's sentence."""
+    """What becomes of an operation: "equal", "within", kvist's sentence, or what transformers' own cache cannot do."""
     try:
         served = kvist.Cache(model, method).describes.served
     except ValueError as error:
         return sentence(error)
+    own = [Case(model, lambda name=name: reference(model, name, served), folder, False) for name in (method, "exact")]
+    try:
+        drive = OPERATIONS[operation if operation != "eval" else "turns"]
+        wanted, plain = (drive(case) for case in own)
+    except Exception as error:
+        return f"transformers' own cache cannot: {type(error).__name__}"
     try:
         if operation == "eval":
             return evaluated(model, method)
-        found = OPERATIONS[operation](Case(model, lambda: kvist.Cache(model, method), folder, True))
+        found = drive(Case(model, lambda: kvist.Cache(model, method), folder, True))
     except ValueError as error:
         return sentence(error)
-    wanted = OPERATIONS[operation](Case(model, lambda: reference(model, method, served), folder, False))
     if method == "exact":
         assert torch.equal(found, wanted), f"differs by {distance(found, wanted).max():.1e} of the spread"
         return "equal"
-    plain = OPERATIONS[operation](Case(model, lambda: reference(model, "exact", served), folder, False))
     error, effect = distance(found, wanted), distance(plain, wanted)
     # a code that tips over, a token that goes to another expert: never more than rounding does at all
     assert error.median() <= max(1e-3, float(effect.median()) / 4), f"differs by {error.median():.1e} of the spread"
@@ -194,11 +200,11 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def sentence(error: ValueError) -> str:
-    """A refusal in one line; of transformers' or torch's own errors none is taken for one."""
-    text = str(error)
-    assert "kvist" in text or "reset()" in text or "task" in text, f"no sentence of ours: {text}"
-    assert "\n" not in text
-    return text
+    """A refusal of kvist's in one line; of transformers' or torch's own errors none is taken for one."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    assert "kvist" in Path(last.filename).parts, f"no sentence of ours: {error}"
+    assert "\n" not in str(error)
+    return str(error)
 
 
 def refuses(use: Callable) -> None:
@@ -213,18 +219,19 @@ class interrupted:
     """A forward that Ctrl-C stops before the middle one of the model's layers."""
 
     def __init__(self, model: nn.Module):
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         depth = len(kvist.Cache(model, "exact").layers)
-        layers = next((each for each in lists if len(each) == depth), None)
-        self.module = layers[depth // 2] if layers else [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth]
+        linear = [each for each in model.modules() if isinstance(each, nn.Linear)]
+        self.modules = [each[depth // 2] for each in lists] or linear[-1:]
 
     def __enter__(self) -> None:
         def stop(*_):
             raise KeyboardInterrupt
 
-        self.hook = self.module.register_forward_pre_hook(stop)
+        self.hooks = [module.register_forward_pre_hook(stop) for module in self.modules]
 
     def __exit__(self, kind, *_) -> bool:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         assert kind is KeyboardInterrupt, "the forward was not stopped"
         return True

@@ -41,6 +41,7 @@ class Layer(CacheLayerMixin):
     keys = values = property(lambda self: None, _refuse)  # where transformers' own layers keep tensors
 
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
+        self.slots = 0
         super().__init__()
         self.plan, self.page, self.prefill, self.reserve, self.rows = plan, page, prefill, reserve, rows
         self.exact: torch.dtype | None = None  # see `Geometry`; set before the first update
@@ -81,6 +82,24 @@ class Layer(CacheLayerMixin):
             for track in self.tracks:
                 track.to(device)
             self.device, self._skip = device, None
+
+    @property
+    def keys(self) -> Handle | None:
+        """All keys, for what looks into a layer: (B, H, slots, D) as attention is given them; None before the first."""
+        return Handle(View.after(self), 0) if self.slots else None
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        _keep_out(keys)
+
+    @property
+    def values(self) -> Handle | None:
+        """All values, as `keys`."""
+        return Handle(View.after(self), 1) if self.slots else None
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        _keep_out(values)
 
     @property
     def tracks(self) -> tuple[Track, Track]:
@@ -319,6 +338,15 @@ class Layer(CacheLayerMixin):
                     skip[row, [maps.slot_of(p) for p in pins]] = True
             self._skip = skip.to(self.device, non_blocking=True)
         return self._skip
+
+
+def _keep_out(x: Tensor | None) -> None:
+    """Nothing but what transformers' base class says of an empty layer."""
+    if x is not None:
+        raise ValueError(
+            "what a kvist layer stores is packed and cannot be assigned; give new tokens to cache.update, or save() "
+            "and load() the cache"
+        )
 
 
 def _pick(x: Tensor, rows: list[int], columns: list[tuple[int, int]]) -> Tensor:

@@ -63,6 +63,7 @@ class Session:
         self.before = self.cache.get_seq_length()  # slots of a loaded cache, whose text is not known
         self.stored: list[int] = []  # ids behind them
         self.pending: list[int] = []  # written but not stored yet: the last token of a turn
+        self.again = False  # whether the next turn reads the conversation from its beginning
         self.prompt_tokens = self.new_tokens = self.decoded = 0
         self.ended_at_once = False
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -76,14 +77,15 @@ class Session:
 
     def encode(self, text: str) -> list[int]:
         """A prompt's ids; special tokens at the start of a text only."""
-        return self.tokenizer(text, add_special_tokens=self.before + len(self.stored) == 0)["input_ids"]
+        begins = not (self.before or self.stored or self.pending)
+        return self.tokenizer(text, add_special_tokens=begins)["input_ids"]
 
     def turn(self, turns: list[dict[str, str]], end: str = "\n") -> list[int]:
         """The ids of a conversation that the cache does not hold yet. What it holds beyond the common beginning, as
         where a template writes an old turn differently, is cropped. `end` closes a turn where there is no template."""
         said = turns[-1]["content"]
         if self.raw:
-            return self.pending + self.encode(("\n" if self.stored else "") + said + end)
+            return self.pending + self.encode(("\n" if self.stored or self.pending else "") + said + end)
         if self.before:
             ids = prompts.next_turn(self.tokenizer, said)
             return self.pending + (ids[1:] if self.pending == ids[:1] else ids)
@@ -91,13 +93,22 @@ class Session:
         same = next((i for i, (a, b) in enumerate(zip(self.stored, ids, strict=False)) if a != b), len(self.stored))
         same = min(same, len(ids) - 1)
         if same < len(self.stored):
-            self.cache.crop(same - len(self.stored))
-            self.stored = self.stored[:same]
+            try:
+                self.cache.crop(same - len(self.stored))
+                self.stored = self.stored[:same]
+            except ValueError:  # it has layers that cannot go back, and nothing was changed
+                self._start_over()
+                return ids
         return ids[same:]
+
+    def _start_over(self) -> None:
+        """Forget what the cache holds; the next turn reads the conversation again."""
+        self.cache.reset()
+        self.stored, self.pending, self.again = [], self.stored + self.pending, True
 
     def write(self, ids: list[int], max_new_tokens: int, stream: bool) -> None:
         """Read `ids` after what the cache holds, then generate."""
-        past, clock = self.before + len(self.stored), Clock(self.tokenizer, stream)
+        past, clock, self.again = self.before + len(self.stored), Clock(self.tokenizer, stream), False
         inputs = torch.tensor([ids], device=self.model.device)
         options = {"prefill_chunk_size": self.chunk} if len(ids) > self.chunk else {}
         self._given, self._clock, self._start = ids, clock, time.perf_counter()
@@ -116,13 +127,19 @@ class Session:
 
     def interrupted(self) -> None:
         """After Ctrl-C: what the cache holds counts, the rest of the turn does not."""
-        self.cache.mend()
         self._clock.end()
+        try:
+            self.cache.mend()
+        except ValueError:  # it has layers that cannot go back
+            if self.before:
+                raise  # what a loaded cache holds cannot be read again
+            self.pending = []
+            self._start_over()
         self._account()
 
     def _account(self) -> None:
         clock = self._clock
-        written = self._given + clock.tokens
+        written = (self.pending if self.again else []) + self._given + clock.tokens
         held = self.cache.get_seq_length() - self.before - len(self.stored)
         self.stored, self.pending = self.stored + written[:held], written[held:]
         self.ended_at_once = prompts.at_once(clock.tokens, self._ends())

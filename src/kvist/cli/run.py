@@ -134,8 +134,11 @@ def _talk(session, max_new_tokens: int, system: str | None) -> None:
         if not said.strip():
             break
         turns += opening(said, None if turns else system)
+        ids = session.turn(turns)
+        if session.again:
+            aside.print(f"[layers of this model cannot go back: the conversation, {len(ids)} tokens, is read again]")
         try:
-            session.write(session.turn(turns), max_new_tokens, stream=True)
+            session.write(ids, max_new_tokens, stream=True)
         except KeyboardInterrupt:
             session.interrupted()
         turns.append({"role": "assistant", "content": session.text})

@@ -7,6 +7,7 @@ chunks.
 """
 
 import copy
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -97,9 +98,13 @@ def read(model, cache: TransformersCache, ids: Tensor, mask: Tensor, chunk: int,
 
 def forward(model, cache: TransformersCache, ids: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
     """Logits of the last `keep` tokens, all for 0. Positions count the tokens of a row, not its padding."""
-    positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp_min(0)
-    out = model(ids, **cache_argument(cache), attention_mask=whole(mask), position_ids=positions, logits_to_keep=keep)
-    return out.logits
+    given: dict = {"attention_mask": whole(mask), "position_ids": (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp_min(0)}
+    takes = inspect.signature(model.forward).parameters
+    if "position_ids" not in takes and given["attention_mask"] is None:
+        del given["position_ids"]  # its own are the same
+    if "logits_to_keep" in takes:
+        given["logits_to_keep"] = keep
+    return model(ids, use_cache=True, **cache_argument(cache), **given).logits[:, -keep:]
 
 
 @contextmanager

@@ -81,13 +81,16 @@ def describe(model) -> Model:
         raise ValueError(f"{name} caches compressed latents (MLA), which are small already; kvist does not store them")
     if getattr(text, "alibi", False) or name in ALIBI:
         raise ValueError(f"{name} uses ALiBi position biases, which kvist's attention does not compute")
-    kinds, arguments = compat.layer_types(text)
+    try:
+        kinds, arguments = compat.layer_types(text)
+        layers = compat.per_layer(text)
+    except AttributeError as error:
+        raise ValueError(f"{name} has a config that does not tell its layers ({error}); kvist needs to know") from None
     for layer in getattr(text, "cross_attention_layers", None) or ():
         kinds[layer], arguments[layer] = CROSS, {}
     if SERVED not in kinds:
         raise ValueError(f"{name} has no full-attention layer: {_why(kinds)}")
     served = [i for i, kind in enumerate(kinds) if kind == SERVED]
-    layers = compat.per_layer(text)
     shapes = tuple(_geometry(layers[i], model) for i in served)
     queries = tuple(layers[i].num_attention_heads for i in served)
     rotary = _rotary(text)
