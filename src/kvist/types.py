@@ -10,6 +10,7 @@ HOLD = 32  # tokens of the last update that stay exact until the next one, so th
 GROWTH = 1.25
 MIN_PAGE = 64  # tokens
 POOL_STEP = 8  # pages
+ATTACHED = "kvist"  # how the name of an attention begins that reads packed data
 
 
 class Part(BaseModel):
