@@ -12,6 +12,7 @@ MIN_PAGE = 64  # tokens
 POOL_STEP = 8  # pages
 MOST_TOKENS = 1 << 24  # in a window, a group, a reserve: beyond any context
 MOST_LAYERS = 1024
+ATTACHED = "kvist"  # how the name of an attention begins that reads packed data
 
 
 class Part(BaseModel):

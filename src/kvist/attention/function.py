@@ -1,7 +1,9 @@
 """The attention function that transformers calls once a model is attached."""
 
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -14,8 +16,10 @@ UNDERSTOOD = {"scaling", "softcap", "s_aux", "sliding_window"}
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "num_items_in_batch", "logits_to_keep", "labels"}
 
 
-def packed_attention(own: str):
-    """An attention function that reads handles packed and gives everything else to the model's own, `own`."""
+def packed_attention(own: str, fallback: Callable | None = None):
+    """An attention function that reads handles packed and gives everything else to the model's own: `fallback`, which
+    is what transformers calls `own`."""
+    fallback = fallback or ALL_ATTENTION_FUNCTIONS[own]
 
     def forward(
         module: nn.Module,
@@ -27,23 +31,41 @@ def packed_attention(own: str):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, Handle) and isinstance(value, Handle) and not refusals(attention_mask, dropout, kwargs):
-            plain = attention_mask is None or isinstance(attention_mask, LazyMask)
-            scale = kwargs.get("scaling")
-            out = key.source.attend(
-                query,
-                query.shape[-1] ** -0.5 if scale is None else scale,
-                mask=None if plain else attention_mask,
-                causal=plain,
-                softcap=kwargs.get("softcap"),
-                sink=kwargs.get("s_aux"),
-            )
-            return out.transpose(1, 2).contiguous(), None
+            return _attend(query, key, attention_mask, kwargs), None
         key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
-        fallback = _own(own, module)
-        return fallback(module, query, key, value, mask, dropout=dropout, **kwargs)
+        with _named(getattr(module, "config", None), own):
+            return fallback(module, query, key, value, mask, dropout=dropout, **kwargs)
 
     return forward
+
+
+@torch.compiler.disable  # kernels and pages are nothing that a compiler could trace
+def _attend(query: Tensor, key: Handle, mask: Tensor | None, kwargs: dict) -> Tensor:
+    plain = mask is None or isinstance(mask, LazyMask)
+    scale = kwargs.get("scaling")
+    out = key.source.attend(
+        query,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        mask=None if plain else mask,
+        causal=plain,
+        softcap=kwargs.get("softcap"),
+        sink=kwargs.get("s_aux"),
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+@contextmanager
+def _named(config, own: str) -> Iterator[None]:
+    """Meanwhile the config says the model's own attention: flash attention reads there which of its kinds to run."""
+    if own in ("sdpa", "eager") or config is None:
+        yield
+        return
+    ours, config._attn_implementation_internal = config._attn_implementation_internal, own
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = ours
 
 
 def refusals(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
@@ -59,10 +81,6 @@ def refusals(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
         reasons.append("dropout")
     if isinstance(mask, LazyMask) and not mask.plain:
         reasons.append("a mask that is not plain causal")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+        reasons.append("a mask that is not a tensor (batch, heads, queries, keys)")
     return reasons
-
-
-def _own(own: str, module: nn.Module):
-    if own in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[own]
-    return sys.modules[type(module).__module__].eager_attention_forward

@@ -38,6 +38,7 @@ class LazyMask(Tensor):
 def lazy_mask(own: str):
     """The mask function to register beside an attention function that falls back to `own`."""
 
+    @torch.compiler.disable  # a tensor without data is nothing that a compiler could trace
     def make(**arguments) -> LazyMask:
         return LazyMask(ALL_MASK_ATTENTION_FUNCTIONS[own], arguments)
 

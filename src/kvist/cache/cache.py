@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvist.cache import foreign, report
+from kvist.cache.handle import Handle
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.methods import resolve
@@ -20,10 +21,14 @@ from kvist.models.adapter import SERVED, describe
 from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
-from kvist.types import MOST_TOKENS
+from kvist.types import ATTACHED, MOST_TOKENS
 
 if TYPE_CHECKING:
     from kvist.cache.captured import Steps
+
+
+# Attention that asks a handle for what it needs through torch; flash and flex attention compile, or read memory.
+READS_HANDLES = "sdpa", "eager", None
 
 
 class Cache(TransformersCache):
@@ -94,7 +99,7 @@ class Cache(TransformersCache):
             raise ValueError(f"this recipe of {recipe.name} does not fit: {error}") from None
 
     def _listen(self, model) -> None:
-        self._model = weakref.ref(model)
+        self._model, self._config = weakref.ref(model), model.config.get_text_config(decoder=True)
         self.close = watch(model, self, "hear", "finish")
 
     def keep_exact(self, dtype: torch.dtype | None) -> None:
@@ -250,6 +255,7 @@ class Cache(TransformersCache):
                 "be masked later: start a new cache"
             )
 
+    @torch.compiler.disable  # a graph ends here: pages and kernels are nothing that a compiler could trace
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.describes.kinds):
             raise ValueError(
@@ -269,7 +275,14 @@ class Cache(TransformersCache):
             self.rows.extend(batch, slots, None)
         if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
             raise ValueError("layers of the cache are out of step, probably after a forward that failed; call mend()")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._attention not in READS_HANDLES and not str(self._attention).startswith(ATTACHED):
+            given = tuple(x.dense() if isinstance(x, Handle) else x for x in given)
+        return given
+
+    @property
+    def _attention(self) -> str | None:
+        return getattr(self._config, "_attn_implementation", None)
 
     def reset(self) -> None:
         self._free()
@@ -385,12 +398,12 @@ class Cache(TransformersCache):
     def __deepcopy__(self, memo: dict) -> "Cache":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        skipped = ("close", "_model", "_begun")  # marks tell the tensors of this cache alone
+        skipped = ("close", "_model", "_config", "_begun")  # marks tell the tensors of this cache alone
         twin._begun = None
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
         model = self._model()
         if model is None:
-            twin._model, twin.close = self._model, self.close
+            twin._model, twin._config, twin.close = self._model, self._config, self.close
         else:
             twin._listen(model)
         return twin

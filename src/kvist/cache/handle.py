@@ -68,6 +68,7 @@ class Handle(Tensor):
         return func(*args, **kwargs)
 
 
+@torch.compiler.disable
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Stock semantics on packed data, or None where only the dense tensors will do."""
     paired = isinstance(key, Handle) and isinstance(value, Handle) and key.source is value.source

@@ -1,6 +1,8 @@
 """Differences between the releases of transformers that kvist supports (5.17 to newest)."""
 
 import inspect
+from collections.abc import Iterable
+from functools import lru_cache
 
 from transformers import cache_utils, masking_utils
 
@@ -15,6 +17,16 @@ CACHE_KEYWORD = next(
 def cache_argument(cache) -> dict:
     """A cache as the keyword argument that the installed release wants: `model(ids, **cache_argument(cache))`."""
     return {CACHE_KEYWORD: cache}
+
+
+def takes(cls: type, names: Iterable[str]) -> bool:
+    """Whether `forward` of a module's class has a parameter of one of these names."""
+    return not _parameters(cls).isdisjoint(names)
+
+
+@lru_cache(1024)
+def _parameters(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
 
 
 def layer_types(config) -> tuple[list[str], list[dict]]:

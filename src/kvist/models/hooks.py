@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvist.models.compat import CACHE_NAMES
+from kvist.models.compat import CACHE_NAMES, takes
 
 INPUTS = ("input_ids", "inputs_embeds")
 
@@ -32,7 +32,7 @@ class Ears:
         self.heard = Heard(0, 0, None, None)
         self.hooks = []
         for module in model.modules():
-            if _takes_tokens_and_cache(type(module)):
+            if takes(type(module), INPUTS) and takes(type(module), CACHE_NAMES):
                 self.hooks.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
                 self.hooks.append(module.register_forward_hook(self.after, always_call=True))
 
@@ -98,11 +98,6 @@ def calling() -> str | None:
             return type(caller).__name__
         frame = frame.f_back
     return None
-
-
-def _takes_tokens_and_cache(cls: type[nn.Module]) -> bool:
-    names = set(inspect.signature(cls.forward).parameters)
-    return not names.isdisjoint(INPUTS) and not names.isdisjoint(CACHE_NAMES)
 
 
 def _inner(call: Heard, around: Heard, name: str) -> Heard:
