@@ -17,7 +17,8 @@ from kvist.cache.handle import Handle
 from kvist.cache.rows import Rows
 from kvist.cache.track import SlotMap, Track
 from kvist.cache.view import View
-from kvist.kernels.choose import stepper
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
 
@@ -60,6 +61,7 @@ class Layer(CacheLayerMixin):
             Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device, self.rows)
             for side, dim in sides
         )
+        self.request = self.plan.request(self.shape, self.page, self.device)
         self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
         self._fit(0)
         self.is_initialized = True
@@ -70,6 +72,7 @@ class Layer(CacheLayerMixin):
             for track in self.tracks:
                 track.to(device)
             self.device, self._skip = device, None
+            self.request = self.plan.request(self.shape, self.page, device)
 
     @property
     def tracks(self) -> tuple[Track, Track]:
@@ -116,7 +119,7 @@ class Layer(CacheLayerMixin):
     def _step(self, keys: Tensor, values: Tensor) -> bool:
         """Store one token per row in one launch, which also packs what is due; False where no kernel does that."""
         key, value = self.tracks
-        store, _ = stepper(key.codec.traits, value.codec.traits, self.device)
+        store = choose(Operation.STORE, self.request).run
         if store is None or not step.advanceable(self):
             return False
         self._fit(self._waiting() + 1)  # before frontiers move: what is packed now is read from the ring

@@ -1,11 +1,9 @@
 """The host's side of `cuda/decode.cu`: which cells it serves, its compilation at run time, and its launch.
 
-NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and shape; nothing is built at install. What
-the kernel does not serve goes to Triton's.
+NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and shape; nothing is built at install.
 """
 
 import ctypes
-import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvist.kernels.choose import Decode, Exact, Stored, Traits
+from kvist.kernels.contract import Decode, Exact, Stored, Traits
+from kvist.kernels.cuda.serves import DIM, TYPES
 from kvist.kernels.guard import on_its_device
 
-FOLDER = Path(__file__).with_name("cuda")
+FOLDER = Path(__file__).parent
 SOURCE, HEADERS = FOLDER / "decode.cu", ("packed.cuh", "page.cuh", "layout.cuh", "primitives.cuh")
-DIM = 128
 LOOSE = 64  # exact tokens per block
 SHARED = 70 << 10  # bytes of a block's pages at most, so that three blocks share a multiprocessor
 STATIC = 5 << 10  # bytes of shared memory beside them
 WARPS = 12  # per multiprocessor: what their registers leave room for
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class Cell(NamedTuple):
@@ -62,36 +59,12 @@ class Cell(NamedTuple):
         return max(self.warps * self.stages * self.page_bytes, self.warps * 8 * DIM * 4)
 
 
-@cache
-def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
-    """Why this kernel does not read such pages; () if it does."""
-    reasons = []
-    for side, traits in (("keys", key), ("values", value)):
-        if traits.levels != "uniform" or traits.bits not in (2, 4):
-            reasons.append(f"{side} are not uniform numbers of 2 or 4 bits")
-        if traits.range != "minmax":
-            reasons.append(f"{side} have a range of kind {traits.range}")
-        if traits.outliers or traits.rotary or traits.hadamard or traits.across_heads:
-            reasons.append(f"{side} keep outliers, or are stored in another space, or share ranges between heads")
-    if key.along != "tokens" or key.group not in (32, 64, 128):
-        reasons.append("keys do not share ranges along 32, 64 or 128 tokens")
-    if value.along != "channels" or value.group not in (0, 32, 64, 128):
-        reasons.append("values do not share ranges along 32, 64 or 128 channels")
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        reasons.append("cuda-bindings is not installed (pip install kvist[cuda])")
-    return tuple(reasons)
-
-
-def cell(key: Traits, value: Traits, q: Tensor, heads: int, value_dim: int, call: Decode) -> Cell | None:
-    """The cell of a call; None where only its traits are served."""
+def cell(key: Traits, value: Traits, q: Tensor, heads: int, call: Decode) -> Cell:
+    """The cell of a call that `serves` has let through."""
+    groups = key.group, value.group or DIM
     rows = q.shape[1] // heads * q.shape[2]
-    fits = q.shape[3] == value_dim == DIM and rows <= 8 and call.page % max(32, key.group) == 0
-    if not fits or call.skip is not None or call.pinned is not None or q.dtype not in TYPES:
-        return None
     extras = int(bool(call.softcap)), int(call.sink is not None)
-    return Cell(
-        key.bits, value.bits, key.group, value.group or DIM, call.page, heads, rows, q.shape[2], TYPES[q.dtype], *extras
-    )
+    return Cell(key.bits, value.bits, *groups, call.page, heads, rows, q.shape[2], TYPES.index(q.dtype), *extras)
 
 
 def compiled(made: Cell, arch: int, ptx: bool = False) -> bytes:
@@ -194,13 +167,8 @@ def prepared(
 def decode(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode
 ) -> Tensor:
-    """See `choose.decode_attention`."""
-    made = cell(key, value, q, k_exact.ring.shape[1], v_exact.ring.shape[-1], call)
-    old = torch.cuda.get_device_capability(q.device)[0] < 8
-    if made is None or old or k_exact.ring.dtype != q.dtype:
-        from kvist.kernels.decode_triton import decode as fallback
-
-        return fallback(key, value, q, k, v, k_exact, v_exact, call)
+    """See `choose`: STEP, of a request that `serves` lets through."""
+    made = cell(key, value, q, k_exact.ring.shape[1], call)
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     device, cells = q.device, q.shape[0] * made.HEADS
