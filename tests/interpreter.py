@@ -17,6 +17,6 @@ if find_spec("triton") and DEVICE == "cpu":
 
         import kvist.bench.angles_triton
         import kvist.bench.split_triton
-        import kvist.kernels.codec_triton
-        import kvist.kernels.decode_triton
-        import kvist.kernels.step_triton  # noqa: F401
+        import kvist.kernels.triton.codec
+        import kvist.kernels.triton.decode
+        import kvist.kernels.triton.step  # noqa: F401

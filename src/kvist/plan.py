@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field, ValidationError, model_validator
 
 from kvist import stranger
 from kvist.atomic import replacing
 from kvist.coding import Codec
+from kvist.kernels.choose import place
+from kvist.kernels.contract import Request
 from kvist.retention import KeepAll, Retention
 from kvist.types import HOLD, MIN_PAGE, MOST_LAYERS, POOL_STEP, Geometry, ModelIdentity, Part, ladder
 
@@ -90,6 +93,18 @@ class LayerPlan(Part):
     def page(self) -> int:
         """The shortest page, in tokens, that this layer asks for."""
         return max(MIN_PAGE, self.granule)
+
+    def request(self, shape: Geometry, page: int, device: torch.device) -> Request:
+        """What attention asks of kernels about a layer of this plan; a call adds what it knows."""
+        return Request(
+            sides=(self.key.codec.traits, self.value.codec.traits),
+            dims=(shape.key_dim, shape.value_dim),
+            heads=shape.heads,
+            kept=shape.stored(self.packs),
+            page=page,
+            pinned=self.pinned,
+            **place(device),
+        )
 
     def ring(self, waiting: int, reserve: int = 0) -> int:
         """Tokens that each ring is given when `waiting` tokens must fit."""

@@ -9,7 +9,7 @@ import torch
 from kvist.bench import device_time, end_to_end, goals, gpu, headline, kernel_contenders, kernel_gate, kernels, roofline
 from kvist.bench.kernel_storage import Shape, filled, kernel, queries, read, step, twins
 from kvist.bench.standing import standing
-from kvist.kernels.attend import attend
+from kvist.kernels.reference.attend import attend
 from kvist.models.compat import cache_argument
 
 pytest.importorskip("triton")
@@ -135,12 +135,12 @@ def test_the_gate_goes_through_lengths_sizes_groups_and_configurations(method, i
     assert len(names) == len(set(names)) and "1 tokens" in names and "numbers of about 1000" in names
     assert (
         sum("configuration" in name for name in names)
-        == len(kernel_gate.configurations(kernel(filled(method, Shape(1, 1, 1), CPU))[1]))
+        == len(kernel_gate.configurations(kernel(filled(method, Shape(1, 1, 1), CPU)).run))
         == 2
     )
     notes = []
     found = kernel_gate.gate(method, CPU, toy=True, dim=32, note=notes.append)
-    assert found["kernel"] == "decode_triton" and "failed" not in found and "unfinished" not in found
+    assert found["kernel"] == "triton.decode.decode" and "failed" not in found and "unfinished" not in found
     assert 0 < found["error"] <= kernel_gate.TOLERANCE
     assert len(notes) == found["checks"] and notes[0]["unfinished"]
 
@@ -166,7 +166,7 @@ def test_kernels_at_toy_sizes_say_who_served_and_no_times(interpreted, brief, tm
     assert {row["device"] for row in rows} == {"interpreter"}
     assert {row["shape"] for row in rows if "variant" not in row} == {"8/2:300@32", "2/2:70@64"}
     served = {row["contender"]: row.get("kernel") for row in rows if "failed" not in row}
-    assert served["kvist kivi:2"] == "decode_triton" and "split-KV, Triton" in served
+    assert served["kvist kivi:2"] == "triton.decode.decode" and "split-KV, Triton" in served
     assert [row["variant"] for row in rows if "variant" in row] == ["in order", "shuffled", "ragged"]
     failed = {row["contender"]: row["failed"] for row in rows if "failed" in row}
     assert all("not installed" in failed[name] for name in failed if "Flash" in name)
@@ -181,7 +181,7 @@ def test_a_plot_without_times_is_refused(tmp_path):
 def test_without_the_interpreter_rows_are_of_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     layer = filled("kivi:2", Shape(1, 1, 1), CPU)
-    assert kernel(layer)[0] in ("attend_numba", "reference") and device_time.label(CPU) == "cpu"
+    assert kernel(layer).name in ("numba.attend.attend_pages", "reference") and device_time.label(CPU) == "cpu"
     rows = kernels.race(Shape(1, 1, 30), [], CPU, 0, True, {}, None)
     assert "TRITON_INTERPRET" in next(row["failed"] for row in rows if row["contender"] == "split-KV, Triton")
 

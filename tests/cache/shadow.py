@@ -13,7 +13,7 @@ from torch import Tensor
 import kvist
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
-from kvist.kernels.rotary import turn
+from kvist.kernels.reference.rotary import turn
 from kvist.models.compat import cache_argument
 
 ROUGH = (14, 13, 12, 11)  # significant bits of the oracle's rough runs, of fp32's 24

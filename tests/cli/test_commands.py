@@ -153,8 +153,8 @@ def test_inspect(folder):
 def test_inspect_of_a_method_that_must_be_fitted(folder):
     (found,) = data("inspect", folder, "-m", "kvquant:3 outliers=5%")["methods"]
     assert set(found["needs"]) == {"a fitted table", "fitted ranges", "a model's rotary"} and found["tables"] is None
-    assert found["kernel"] == "kvist.kernels.attend_numba.attend_pages"
-    assert found["encoder"] == "kvist.kernels.codec_numba.encode"
+    assert found["kernel"] == "numba.attend.attend_pages"
+    assert found["encoder"] == "kvist.kernels.numba.codec.encode"
     printed = call("inspect", folder, "-m", "kvquant:3 outliers=5%").stdout
     assert "missing: " in printed and "kvist calibrate" in printed
     assert "missing" not in call("inspect", folder, "-m", "int4").stdout
@@ -164,9 +164,9 @@ def test_inspect_says_what_a_gpu_would_run_and_why_not(folder):
     pytest.importorskip("triton")
     pytest.importorskip("cuda.bindings")
     kivi, kvquant = data("inspect", folder, "--device", "cuda", "-m", "kivi:2", "-m", "kvquant:3")["methods"]
-    assert kivi["kernel"] == kvquant["kernel"] == "kvist.kernels.decode_triton.decode"  # heads of 8
-    assert kivi["encoder"] == "kvist.kernels.codec_triton.encode"
-    assert kivi["captured"] == "kvist.kernels.step_triton.step"
+    assert kivi["kernel"] == kvquant["kernel"] == "kvist.kernels.triton.decode.decode"  # heads of 8
+    assert kivi["encoder"] == "kvist.kernels.triton.codec.encode"
+    assert kivi["captured"] == "kvist.kernels.triton.step.step"
     reasons = "keys keep outliers; keys are stored before a rotary embedding; values keep outliers"
     assert kvquant["captured"] == f"none: {reasons}"
     (on_cpu,) = data("inspect", folder)["methods"]

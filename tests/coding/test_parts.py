@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from kvist.coding import Codec, Grouping, Hadamard, Identity, Raw, Slots, Table, Uniform
-from kvist.kernels.grid import rotate
+from kvist.kernels.reference.grid import rotate
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.kernels.attend import Partial, attend, merge
+from kvist.kernels.contract import Partial
+from kvist.kernels.reference.attend import attend, merge
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -6,6 +6,7 @@ Its sources are compiled twice: by NVRTC for GPUs, and by this machine's C++ com
 import ctypes
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.cache.view import View
-from kvist.kernels import attend_cuda
-from kvist.kernels.choose import Decode, decode_attention
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Decode, Operation
+from kvist.kernels.cuda import attend as attend_cuda
 from kvist.methods import parse
+from kvist.types import Geometry
 
 pytest.importorskip("cuda.bindings")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -67,8 +70,8 @@ def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
     key, value = layer.tracks
     call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
     call = call._replace(**options)
-    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, q.shape[-1], call)
-    assert cell is not None and not attend_cuda.unserved(key.codec.traits, value.codec.traits)
+    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, call)
+    assert choose(Operation.STEP, replace(layer.request, device="cuda")).name == "cuda.attend.decode"
     sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
     argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, blocks)
     out.fill_(torch.nan)
@@ -178,30 +181,41 @@ def test_it_compiles_for_gpus(arch):
         assert b"mma.sync" in ptx and (b"cp.async.bulk" in ptx) == (arch >= 90)
 
 
-def test_what_it_does_not_serve_is_named():
-    def reasons(text):
-        plan = parse(text).layers[0]
-        return " ".join(attend_cuda.unserved(*(side.codec.traits for side in plan.sides)))
-
-    assert not reasons("kivi:2") and not reasons("kivi k=4 v=2")
-    assert not any(map(reasons, ("kivi:3", "kivi:8", "kivi:1", "int4", "int8", "hadamard:4")))
-    assert "keys are not uniform" in reasons("kvquant:4")
+def asked(text, **said):
+    """Who serves a decode step of a layer on a GPU, heads of 128, and why the CUDA kernel does not."""
+    plan = parse(text).layers[0]
+    request = plan.request(Geometry(8, DIM, DIM, torch.float16), plan.page, torch.device("cuda"))
+    choice = choose(Operation.STEP, replace(request, **{"group": 4, "dtype": torch.float16} | said))
+    return choice.name, "; ".join(dict(choice.refused).get("cuda", ()))
 
 
-def test_it_is_chosen_for_what_it_serves_alone():
-    def chosen(text, *shape):
-        plan = parse(text).layers[0]
-        traits = (side.codec.traits for side in plan.sides)
-        fast, _ = decode_attention(*traits, torch.device("cuda"), *shape)
-        return fast.func.__module__.rsplit(".", 1)[-1]
+@pytest.mark.parametrize(
+    "text, said, reason",
+    [
+        ("kvquant:4", {}, "keys are not uniform numbers of 1, 2, 3, 4, 8 bits"),
+        ("int4 group=32", {}, "nor along all channels of a token"),
+        ("hadamard:4 group=32", {}, "along less than a head"),
+        ("logquant:2", {}, "pins"),
+        ("kivi:2", {"gaps": True}, "deep crop"),
+        ("kivi:2", {"dims": (80, 80)}, "heads of 80 channels"),
+        ("kivi:1", {"dims": (64, 64)}, "128 stored bits"),
+        ("kivi:2", {"group": 16}, "more than 8 query rows"),
+        ("kivi:2", {"batch": 1 << 14}, "65535 rows"),
+        ("kivi:2", {"dtype": torch.float64}, "float64"),
+        ("kivi:2", {"dtype": torch.float32}, "exact tokens torch.float16"),
+        ("kivi:2", {"page": 72}, "whole groups"),
+        ("kivi:2", {"capability": (7, 5)}, "older than sm_80"),
+        ("kivi:2", {"queries": 2, "padded": True}, "padding"),
+        ("kivi:2", {"hidden": True}, "a mask of the model's own"),
+    ],
+)
+def test_what_it_does_not_serve_is_named(text, said, reason):
+    name, reasons = asked(text, **said)
+    assert reason in reasons and name != "cuda.attend.decode"
 
-    for text, *shape in (("kivi:2", (128, 128), 8), ("kivi:2", (64, 64), 4), ("hadamard:4", (128, 128), 4)):
-        assert chosen(text, *shape) == "attend_cuda"
-    for text, *shape in (
-        ("kivi:2", (80, 80), 4),
-        ("kivi:1", (64, 64), 4),
-        ("kivi:2", (128, 128), 16),
-        ("logquant:2", (128, 128), 4, True),
-        ("kvquant:4", (128, 128), 4),
-    ):
-        assert chosen(text, *shape) == "decode_triton"
+
+def test_it_is_chosen_for_what_it_serves():
+    for text in ("kivi:2", "kivi k=4 v=2", "kivi:4 group=128", "kivi:3", "kivi:8", "kivi:1", "int4", "hadamard:4"):
+        assert asked(text) == ("cuda.attend.decode", "")
+    assert asked("kivi:2", dims=(64, 64))[0] == "cuda.attend.decode"
+    assert asked("kvquant:4")[0] == asked("kivi:2", dims=(80, 80))[0] == "triton.decode.decode"

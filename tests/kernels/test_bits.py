@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.kernels.bits import PLANES, RUN, pack, packed_bytes, unpack
+from kvist.kernels.contract import PLANES, RUN, packed_bytes
+from kvist.kernels.reference.bits import pack, unpack
 
 WIDTHS = sorted(PLANES)
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from kvist.cache.pages import Pool
 from kvist.coding import AbsMax, Codec, Grouping, Hadamard, Slots, Uniform
-from kvist.kernels.grid import rotate as reference_rotate
+from kvist.kernels.reference.grid import rotate as reference_rotate
 from kvist.methods.parts import per_channel, per_token
 
 pytest.importorskip("triton")
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-    from kvist.kernels.codec_triton import decode, encode, encode_pages, rotate
+    from kvist.kernels.triton.codec import decode, encode, encode_pages, rotate
 
 CPU = torch.device("cpu")
 

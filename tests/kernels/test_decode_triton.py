@@ -12,8 +12,9 @@ from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.cache.view import View
-from kvist.kernels import decode_triton, unpack_triton
-from kvist.kernels.choose import Decode
+from kvist.kernels.contract import Decode
+from kvist.kernels.triton import decode as decode_triton
+from kvist.kernels.triton import unpack as unpack_triton
 from kvist.methods import parse
 from kvist.methods.parts import per_channel
 
@@ -198,8 +199,8 @@ def test_what_the_kernel_cannot_serve_is_left_to_the_parts(monkeypatch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_it_compiles_for_gpus(arch):
     program = f"""
-from kvist.kernels.choose import Traits
-from kvist.kernels.decode_triton import compiled, form
+from kvist.kernels.contract import Traits
+from kvist.kernels.triton.decode import compiled, form
 uniform = Traits("uniform", 2, "tokens", 32, False, "minmax"), Traits("uniform", 4, "channels", 32, False, "minmax")
 table = Traits("table", 3, "channels", 0, False, "fixed", True, "largest", "half")
 for key, value in (uniform, (table, uniform[1])):

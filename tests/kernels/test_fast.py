@@ -4,13 +4,14 @@ import os
 
 import pytest
 import torch
+from asking import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.coding import AbsMax, Codec, Grouping, Raw, Uniform, Unrotate
-from kvist.kernels.attend import attend
-from kvist.kernels.choose import Stored, decoder, encoder, exact_attention, packed_attention, rotator
-from kvist.kernels.grid import rotate
+from kvist.kernels.contract import Stored
+from kvist.kernels.reference.attend import attend
+from kvist.kernels.reference.grid import rotate
 from kvist.methods.parts import per_channel, per_token
 
 pytest.importorskip("numba")
@@ -46,21 +47,21 @@ def test_encoder_and_decoder_give_the_reference_to_the_bit(bits, group, keys, di
     x = torch.randn(2, 3, blocks * max(codec.granule, 8), dim, generator=generator) * 10.0**exponent
     x[0, 0, :, 0] = 1.5  # a constant channel
     x[1, 1] = 0.0  # a constant head
-    fast, _ = encoder(codec.traits, CPU)
+    fast = ask("ENCODE", codec).run
     expected = codec._reference(x)
     constants = codec.constants(3, CPU)
     found = fast(x, constants, 0)
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    back, _ = decoder(codec.traits, CPU)
+    back = ask("DECODE", codec).run
     assert torch.equal(back(found, constants), codec._decoded(expected))
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 256])
 def test_rotation_gives_the_reference_to_the_bit_however_tokens_come(dim):
     torch.manual_seed(dim)
-    x, (fast, _) = 5 * torch.randn(2, 3, 7, dim), rotator(CPU)
+    x, fast = 5 * torch.randn(2, 3, 7, dim), ask("ROTATE").run
     whole = fast(x, dim & -dim)
     assert torch.equal(whole, rotate(x, dim & -dim))
     assert torch.equal(whole[0, 1, 4], fast(x[0, 1, 4].clone(), dim & -dim))
@@ -92,8 +93,7 @@ def test_attention_over_pages_equals_attention_over_decoded_tokens(bits, keys, g
     limits = [tokens, 2 * PAGE + 37, 0]
     skip = torch.rand(batch, tokens) < 0.1
     q = torch.randn(batch, heads, queries, dim)
-    fast, reasons = packed_attention(key.traits, value.traits, CPU)
-    assert fast is not None, reasons
+    fast = ask("PAGES", key, value).run
     out, lse = fast(q, *packed, limits, skip, PAGE, 0.3, None, None)
     seen = (torch.arange(tokens) < torch.tensor(limits).unsqueeze(-1)) & ~skip
     expected = attend(q, key.decode(key.encode(k)), value.decode(value.encode(v)), 0.3, seen[:, None, None])
@@ -111,7 +111,7 @@ def test_attention_is_stable_at_extreme_scores(scale, softcap):
     k, v = torch.randn(1, 1, 8 * PAGE, 64), torch.randn(1, 1, 8 * PAGE, 64)
     packed = _pages(codec, k), _pages(codec, v)
     q = torch.randn(1, 1, 1, 64)
-    fast, _ = packed_attention(codec.traits, codec.traits, CPU)
+    fast = ask("PAGES", codec, codec).run
     out, lse = fast(q, *packed, [8 * PAGE], None, PAGE, scale, softcap, None)
     expected = attend(q, codec.decode(codec.encode(k)), codec.decode(codec.encode(v)), scale, softcap=softcap)
     torch.testing.assert_close(out, expected.out, rtol=1e-3, atol=1e-4)
@@ -124,7 +124,7 @@ def test_threads_do_not_change_the_result_beyond_rounding():
     k, v = torch.randn(1, 1, 64 * PAGE, 64), torch.randn(1, 1, 64 * PAGE, 64)
     packed = _pages(codec, k), _pages(codec, v)
     q = torch.randn(1, 4, 1, 64)
-    fast, _ = packed_attention(codec.traits, codec.traits, CPU)
+    fast = ask("PAGES", codec, codec).run
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -141,22 +141,29 @@ def test_what_it_does_not_serve_is_named():
     uniform = per_token(2, 32)
     raw = Codec(levels=Raw(), grouping=Grouping(along="channels"))
     symmetric = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), range=AbsMax())
-    for codec, word in ((raw, "raw"), (symmetric, "absmax")):
-        for choice in (packed_attention(codec.traits, uniform.traits, CPU), encoder(codec.traits, CPU)):
-            function, reasons = choice
-            assert function is None
-            assert word in " ".join(reasons)
     turned = Unrotate(frequencies=(1.0, 0.5, 0.25, 0.125), style="interleaved")
     interleaved = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), transform=turned)
-    function, reasons = packed_attention(interleaved.traits, uniform.traits, CPU)
-    assert function is None and "interleaved" in reasons[0]
-    assert encoder(interleaved.traits, CPU)[0] is not None and decoder(interleaved.traits, CPU)[0] is not None
-    function, reasons = packed_attention(uniform.traits, interleaved.traits, CPU)
-    assert function is None and "values are stored before a rotary embedding" in reasons
-    function, reasons = packed_attention(uniform.traits, per_channel(2, 32).traits, CPU)
-    assert function is None and "tokens" in reasons[0]
-    function, reasons = packed_attention(uniform.traits, uniform.traits, torch.device("cuda"))
-    assert function is None and "cuda" in reasons[0]
+
+    def refuses(operation, *codecs, **said):
+        choice = ask(operation, *codecs, **said)
+        assert choice.run is None and choice.name == "reference"
+        return " ".join(choice.reasons)
+
+    for codec, word in ((raw, "raw"), (symmetric, "absmax")):
+        assert word in refuses("PAGES", codec, uniform) and word in refuses("ENCODE", codec)
+    assert "interleaved" in refuses("PAGES", interleaved, uniform)
+    assert ask("ENCODE", interleaved).run and ask("DECODE", interleaved).run
+    assert "values are stored before a rotary embedding" in refuses("PAGES", uniform, interleaved)
+    assert "values share scales along tokens" in refuses("PAGES", uniform, per_channel(2, 32))
+    assert "not on cuda" in refuses("PAGES", uniform, uniform, device="cuda")
+    assert "does not see" in refuses("PAGES", uniform, uniform, hidden=True)
+    assert "more than 32 queries" in refuses("PAGES", uniform, uniform, queries=33)
+    rotated = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), transform=Unrotate(frequencies=(1.0,)))
+    for gone in ("gaps", "shifted"):
+        assert "positions have gaps" in refuses("PAGES", rotated, uniform, **{gone: True})
+        assert ask("PAGES", uniform, uniform, **{gone: True}).run
+    assert "bias" in refuses("EXACT", biased=True) and "float64" in refuses("EXACT", kept=torch.float64)
+    assert "merged" in refuses("STEP", uniform, uniform)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -169,7 +176,7 @@ def test_exact_attention_reads_only_what_is_visible(dtype, softcap):
     visible[1, :, 2] = False  # a query that sees nothing
     expected = attend(q, k, v, 0.4, visible, softcap=softcap)
     k[:, :, 30:], v[:, :, 30:] = torch.nan, torch.nan
-    fast, _ = exact_attention(CPU)
+    fast = ask("EXACT").run
     out, lse = fast(q, k, v, visible, 0.4, softcap)
     torch.testing.assert_close(out, expected.out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, expected.lse, rtol=1e-5, atol=1e-6)
@@ -177,7 +184,7 @@ def test_exact_attention_reads_only_what_is_visible(dtype, softcap):
 
 
 def test_the_exponential_is_as_good_as_its_docstring_says():
-    from kvist.kernels.dense_numba import exponentials
+    from kvist.kernels.numba.dense import exponentials
 
     top = torch.tensor(3.0)
     x = torch.cat([torch.linspace(-83, 3, 100_001), torch.tensor([-85.0, -1e4, -torch.inf])])
@@ -196,9 +203,9 @@ def test_no_kernel_inherits_the_arithmetic_of_its_caller():
 
     from numba.core.registry import CPUDispatcher
 
-    from kvist import kernels
+    from kvist.kernels import numba
 
-    modules = [f"{kernels.__name__}.{m.name}" for m in pkgutil.iter_modules(kernels.__path__) if "numba" in m.name]
+    modules = [f"{numba.__name__}.{m.name}" for m in pkgutil.iter_modules(numba.__path__)]
     found = {
         f for name in modules for f in vars(importlib.import_module(name)).values() if isinstance(f, CPUDispatcher)
     }

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from asking import ask
 from drawn import codec_of, coded, table_of, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.coding import Codec, Grouping, Identity, NoOutliers, Slots, Uniform, Unrotate
-from kvist.kernels.attend import attend
-from kvist.kernels.choose import Stored, decoder, encoder, packed_attention
-from kvist.kernels.rotary import turn
+from kvist.kernels.contract import Stored
+from kvist.kernels.reference.attend import attend
+from kvist.kernels.reference.rotary import turn
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.numerical
@@ -19,8 +20,7 @@ PAGE = 64
 
 def _coder(codec, heads):
     constants = codec.constants(heads, CPU)
-    (encode, why), (decode, too) = encoder(codec.traits, CPU), decoder(codec.traits, CPU)
-    assert encode is not None and decode is not None, why + too
+    encode, decode = ask("ENCODE", codec).run, ask("DECODE", codec).run
     return lambda x: encode(x, constants, codec._slots(x)), lambda arrays: decode(arrays, constants)
 
 
@@ -59,8 +59,8 @@ def test_of_equal_entries_the_first_are_lowest_and_the_last_highest():
 
 
 def test_halves_are_rounded_and_saturated_as_torch_does():
-    from kvist.kernels.codes_numba import half, number
-    from kvist.kernels.grid import narrow
+    from kvist.kernels.numba.codes import half, number
+    from kvist.kernels.reference.grid import narrow
 
     halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     middles = (halves[1:] + halves[:-1]) / 2  # ties
@@ -128,8 +128,7 @@ def _check(key, value, heads, dim, tokens, *, origins=(0, 5, 9), softcap=None, q
     )
     skip = torch.rand(3, tokens) < 0.1
     q = torch.randn(3, 2 * heads, queries, dim)
-    fast, reasons = packed_attention(key.traits, value.traits, CPU)
-    assert fast is not None, reasons
+    fast = ask("PAGES", key, value).run
     starts = list(origins) if key.traits.rotary else None
     out, lse = fast(q, k, v, limits, skip, PAGE, 0.3, softcap, starts)
     seen = (torch.arange(tokens) < torch.tensor(limits).unsqueeze(-1)) & ~skip

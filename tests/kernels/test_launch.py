@@ -13,6 +13,7 @@ import pytest
 
 PROGRAM = """
 import json, sys
+from dataclasses import replace
 import torch
 from cases import recipe
 from triton.backends.compiler import GPUTarget
@@ -45,8 +46,11 @@ from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.cache.view import View
-from kvist.kernels import codec_triton, decode_triton, step_triton
-from kvist.kernels.choose import Decode
+from kvist.kernels.triton import codec as codec_triton
+from kvist.kernels.triton import decode as decode_triton
+from kvist.kernels.triton import step as step_triton
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Decode, Operation
 
 counts = []
 for text, dtype in json.loads(sys.argv[1]):
@@ -64,7 +68,7 @@ for text, dtype in json.loads(sys.argv[1]):
         call = Decode(*numbers, view.skip, step.pinned(layer))
         sides = view._stored(key), view._stored(value)
         decode_triton.decode(*traits, q, *sides, step.exact(key), step.exact(value), call)
-        if not step_triton.unserved(*traits):
+        if choose(Operation.STORE, replace(layer.request, interpreted=True)).run:
             x, state = torch.randn(2, 2, 1, 64).to(q.dtype), torch.zeros(2, 6, dtype=torch.int32)
             rings, pools = (key.exact.ring, value.exact.ring), (key.pool.arrays, value.pool.arrays)
             tables, constants = tuple(s.table for s in sides), tuple(s.constants for s in sides)

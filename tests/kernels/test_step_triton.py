@@ -7,16 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
+from asking import ask
 
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
-from kvist.coding import AbsMax, Codec, Fixed, Grouping, Hadamard, Raw, Slots, Table, Uniform
+from kvist.coding import AbsMax, Codec, Fixed, Grouping, Hadamard, Raw, Slots, Table, Uniform, Unrotate
 from kvist.methods.parts import per_channel, per_token
 from kvist.types import MIN_PAGE
 
 pytest.importorskip("triton")
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-    from kvist.kernels.step_triton import step, unserved
+    from kvist.kernels.triton.step import step
 
 CPU, HEADS, CAPACITY, WIDTH = torch.device("cpu"), 2, 160, 5
 POINTS = (-1.0, -0.6, -0.25, -0.1, 0.05, 0.3, 0.7, 1.0)
@@ -126,20 +127,20 @@ def test_steps_write_what_the_reference_writes(key, value, dim, value_dim, dtype
 
 
 def test_what_it_does_not_serve_is_named():
-    plain = per_token(4).traits
-    sparse = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), outliers=Slots(slots=2)).traits
-    assert unserved(plain, plain) == ()
-    assert unserved(plain, sparse) == ("values keep outliers",)
-    with pytest.raises(ValueError, match="outliers"):
-        step(sparse, plain, *[None] * 7, 64, (1, 1))
+    plain = per_token(4)
+    sparse = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), outliers=Slots(slots=2))
+    rotated = Codec(levels=Uniform(bits=4), grouping=Grouping(along="channels"), transform=Unrotate(frequencies=(1.0,)))
+    assert ask("STORE", plain, plain, device="cuda").name == "triton.step.step"
+    assert "values keep outliers" in ask("STORE", plain, sparse, device="cuda").reasons[-1]
+    assert "keys are stored before a rotary" in ask("STORE", rotated, plain, device="cuda").reasons[-1]
 
 
 PROGRAM = """
-from kvist.kernels.choose import Traits
-from kvist.kernels.codec_triton import compile_encoder, decode_kernel, pages_kernel, rotate_kernel
-from kvist.kernels.coding_triton import coding, compiled, kinds, warps
-from kvist.kernels.outliers_triton import find_kernel, restore_kernel
-from kvist.kernels.step_triton import compile_step
+from kvist.kernels.contract import Traits
+from kvist.kernels.triton.codec import compile_encoder, decode_kernel, pages_kernel, rotate_kernel
+from kvist.kernels.triton.coding import coding, compiled, kinds, warps
+from kvist.kernels.triton.outliers import find_kernel, restore_kernel
+from kvist.kernels.triton.step import compile_step
 
 key, value = Traits("uniform", 2, "tokens", 128, False, "minmax"), Traits("uniform", 3, "channels", 32, False, "minmax")
 turned = Traits("uniform", 4, "channels", 0, False, "minmax", hadamard=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.tiles_triton import angles
+from kvist.kernels.triton.tiles import angles
 
 
 class Pointers(NamedTuple):

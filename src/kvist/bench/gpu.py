@@ -39,7 +39,7 @@ def unpack(path: Path, device: str, methods: Sequence[str]) -> None:
     """Both bodies of the unpacking helper on every half-word there is."""
     if torch.device(device).type != "cuda":
         return write({"rows": [], "skipped": "inline PTX needs a GPU"}, path)
-    from kvist.kernels.unpack_triton import compare_all
+    from kvist.kernels.triton.unpack import compare_all
 
     compare_all()
     return write({"rows": [{"check": "unpacking, inline PTX and plain, 2^16 half-words", "met": "yes"}]}, path)

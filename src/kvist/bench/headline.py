@@ -153,11 +153,11 @@ def _copy(source, target, shape: tuple[int, int], device: torch.device) -> None:
 
 def angles(device: torch.device, position: int = FAR, pairs: int = 64) -> dict:
     """The largest error of rotary angles about `position`, in rad, against float64 products with the model's fp32
-    frequencies: of the decode kernel ("kvist", where Triton runs), of `kvist.kernels.rotary`, which undoes what
+    frequencies: of the decode kernel ("kvist", where Triton runs), of the reference's rotary, which undoes what
     transformers did and rounds as it does, and of transformers' own module."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from kvist.kernels.rotary import angles as reference
+    from kvist.kernels.reference.rotary import angles as reference
 
     made = LlamaRotaryEmbedding(config("llama-2-7b", False, position + 1))  # pyright: ignore[reportArgumentType]
     frequencies = made.inv_freq.float()

@@ -43,7 +43,7 @@ class Subject(NamedTuple):
 
 
 def _cuda(bits: int, group: int) -> Subject:
-    from kvist.kernels.attend_cuda import Cell, compiled
+    from kvist.kernels.cuda.attend import Cell, compiled
 
     page = max(64, group)
     made = Cell(bits, bits, group, group, page, 8, 4, 1, 1)
@@ -51,8 +51,8 @@ def _cuda(bits: int, group: int) -> Subject:
 
 
 def _triton(bits: int, group: int) -> Subject:
-    from kvist.kernels.choose import Traits
-    from kvist.kernels.decode_triton import FOLDED, compiled, form
+    from kvist.kernels.contract import Traits
+    from kvist.kernels.triton.decode import FOLDED, compiled, form
 
     sides = (
         form(Traits("uniform", bits, along, group, False, "minmax"), 128, 8, max(64, group), 0, 0)

@@ -182,4 +182,4 @@ def ours(method: str, shape: Shape, device: torch.device, toy: bool) -> Contende
     expected, nbytes = kernel_gate.over_tiles(layer, query, scale), kernel_storage.read(layer)
     layers = kernel_storage.twins(layer, 1 if toy else copies_for(nbytes))
     turns: list[Callable] = [partial(kernel_storage.step, each, query, scale) for each in layers]
-    return Contender(f"kvist {method}", OURS, turns, expected, nbytes, kernel=kernel_storage.kernel(layer)[0])
+    return Contender(f"kvist {method}", OURS, turns, expected, nbytes, kernel=kernel_storage.kernel(layer).name)

@@ -16,8 +16,8 @@ from kvist.bench.kernel_storage import Shape, filled, kernel, queries, step
 from kvist.cache import step as steps
 from kvist.cache.layer import Layer
 from kvist.cache.view import View
-from kvist.kernels.attend import Partial, attend, merge
-from kvist.kernels.choose import Decode
+from kvist.kernels.contract import Decode, Partial
+from kvist.kernels.reference.attend import attend, merge
 
 TOLERANCE = 2e-3  # of the largest output
 GROUPS = (1, 4, 7)  # query heads per KV head
@@ -83,7 +83,7 @@ def configurations(function: Callable | None) -> list:
 
 def launched(layer: Layer, query: Tensor, scale: float, configuration: object) -> Tensor:
     """A decode step in a configuration of the caller's choice."""
-    view, function = View.after(layer), kernel(layer)[1]
+    view, function = View.after(layer), kernel(layer).run
     assert function is not None
     key, value = layer.tracks
     origins = [0] * layer.batch_size if key.codec.transform.fixed else view._origins()
@@ -124,8 +124,7 @@ def cases(method: str, device: torch.device, toy: bool, dim: int) -> Iterator[tu
     empty = filled(method, shape(1, 1), device)
     if not empty.key.codec.transform.fixed:
         yield DISTANT, partial(check, shape(1 if toy else 4, most, heads=heads), 1.0, step, FAR)
-    _, function, _ = kernel(empty)
-    for made in configurations(function):
+    for made in configurations(kernel(empty).run):
         forced = partial(launched, configuration=made)
         yield f"configuration {tuple(made)}", partial(check, shape(1 if toy else 4, most, heads=heads), 1.0, forced)
 
@@ -142,7 +141,7 @@ def gate(
     found: dict = {"method": method, "kernel": "", "checks": 0, "error": 0.0, "at": ""}
     name = "a first token"
     try:
-        found["kernel"] = kernel(filled(method, Shape(1, 1, 1, 1, dim), device))[0]
+        found["kernel"] = kernel(filled(method, Shape(1, 1, 1, 1, dim), device)).name
         for name, check in cases(method, device, toy, dim):
             e = check()
             if name == DISTANT:

@@ -9,7 +9,8 @@ import torch
 from kvist.bench import device_time
 from kvist.bench.kernel_gate import first_line
 from kvist.bench.stand_in import stand_in
-from kvist.kernels.choose import encoder
+from kvist.kernels.choose import choose, place
+from kvist.kernels.contract import Operation, Request
 from kvist.methods import parse
 
 TOKENS, HEADS, DIM = 1 << 16, 8, 128
@@ -33,8 +34,7 @@ def rows(methods: Sequence[str], device: torch.device, rounds: int, toy: bool, c
 
 
 def _measured(codec, heads: int, tokens: int, device: torch.device, rounds: int, copied: float | None) -> dict:
-    fast, _ = encoder(codec.traits, device)
-    served = "reference" if fast is None else getattr(fast, "func", fast).__module__.rsplit(".", 1)[-1]
+    served = choose(Operation.ENCODE, Request(sides=(codec.traits,), **place(device))).name
     count = device_time.copies_for(2 * heads * tokens * DIM) if rounds else 1
     inputs = [torch.randn(1, heads, tokens, DIM, device=device).half() for _ in range(count)]
     at = torch.arange(tokens, device=device).unsqueeze(0)

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,8 @@ from kvist.cache.rows import Rows
 from kvist.cache.track import Track
 from kvist.cache.view import View
 from kvist.coding import Fixed
-from kvist.kernels import choose
+from kvist.kernels.choose import Choice, choose
+from kvist.kernels.contract import Operation
 from kvist.methods import parse
 from kvist.plan import LayerPlan
 
@@ -194,19 +195,11 @@ def read(layer: Layer) -> int:
     return sum(measure("", [layer]).used.values())
 
 
-def kernel(layer: Layer) -> tuple[str, Callable | None, tuple[str, ...]]:
-    """What serves a decode step: its module's name, the function if it does all in one launch, and why not."""
-    key, value = (track.codec.traits for track in layer.tracks)
-    dims = layer.key.dim, layer.value.dim
-    fast, reasons = choose.decode_attention(key, value, layer.device, dims, pinned=layer.plan.pinned)
-    if fast is not None:
-        return _module(fast), fast, ()
-    part, more = choose.packed_attention(key, value, layer.device)
-    return ("reference" if part is None else _module(part)), None, tuple(dict.fromkeys([*reasons, *more]))
-
-
-def _module(function: Callable) -> str:
-    return getattr(function, "func", function).__module__.rsplit(".", 1)[-1]
+def kernel(layer: Layer) -> Choice:
+    """What serves a decode step: all of it in one launch, or the part over packed pages."""
+    request = replace(layer.request, batch=layer.batch_size)
+    choice = choose(Operation.STEP, request)
+    return choice if choice.run is not None else choose(Operation.PAGES, request)
 
 
 def step(layer: Layer, query: Tensor, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ steps at the start; new pages enter the tables; pins, which change once per wind
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from kvist.cache import step
 from kvist.cache.handle import Handle
-from kvist.kernels.choose import MOST_CELLS, Decode, Stored, decode_attention, stepper
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Decode, Operation, Request, Stored
 
 if TYPE_CHECKING:
     from kvist.cache.cache import Cache
@@ -79,9 +81,7 @@ class CapturedLayer:
             for x in numbers.split_with_sizes([layer.batch_size * step.DUE, layer.batch_size * step.STATE])
         )
         self.dtype, self.device = layer.dtype, layer.device
-        key, value = layer.tracks
-        self._traits = key.codec.traits, value.codec.traits, layer.device
-        self._store, _ = stepper(*self._traits)
+        self._store = choose(Operation.STORE, layer.request).run
         self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
         self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
         self._marks = layer.skip(), step.pinned(layer)  # what the layer said last
@@ -146,32 +146,33 @@ class CapturedLayer:
 
     def attend(self, query: Tensor, scale: float, *, mask=None, causal=True, softcap=None, sink=None) -> Tensor:
         """See `View.attend`; one query per row, which sees everything."""
-        layer, (key, value) = self.layer, self.layer.tracks
-        rows = query.shape[1] // layer.shape.heads * query.shape[2]
-        attend, _ = decode_attention(*self._traits, (key.dim, value.dim), rows, self.skip is not None)
-        assert attend is not None  # `_check` saw to it
-        if mask is not None:
-            raise ValueError("a captured step sees everything that is stored; this model gives a mask of its own")
+        layer = self.layer
+        group = query.shape[1] // layer.shape.heads
+        request = replace(
+            _request(layer), group=group, queries=query.shape[2], dtype=query.dtype, hidden=mask is not None
+        )
+        choice = choose(Operation.STEP, request)
+        if choice.run is None:
+            raise ValueError(f"this step cannot be captured: {'; '.join(choice.reasons)}")
         if self.counters is None:
             self.counters = step.counters(layer, query.shape[1], query.shape[2])
         call = Decode(self.state, self.counters, layer.page, scale, softcap, self.skip, self.pinned, sink)
         parts = zip(layer.tracks, self.tables, self.constants, strict=True)
         sides = (Stored(track.pool.arrays, table, constants) for track, table, constants in parts)
-        return attend(query, *sides, *map(step.exact, layer.tracks), call)
+        return choice.run(query, *sides, *map(step.exact, layer.tracks), call)
+
+
+def _request(layer: Layer) -> Request:
+    gaps = any(len(maps.runs) > 1 for maps in layer.maps)
+    return replace(layer.request, batch=layer.batch_size, gaps=gaps)
 
 
 def _check(layer: Layer) -> None:
     """Refuse what only ordinary updates can do."""
-    key, value = layer.tracks
-    traits = key.codec.traits, value.codec.traits
-    dims = key.dim, value.dim
-    reasons = [*decode_attention(*traits, layer.device, dims)[1], *stepper(*traits, layer.device)[1]]
-    if layer.batch_size * layer.shape.heads > MOST_CELLS:
-        reasons.append(f"more than {MOST_CELLS} rows times KV heads")
+    request = _request(layer)
+    reasons = [reason for what in (Operation.STEP, Operation.STORE) for reason in choose(what, request).reasons]
     if not layer.plan.packs:
         reasons.append("a layer packs nothing")
-    if any(len(maps.runs) > 1 for maps in layer.maps):
-        reasons.append("a deep crop has closed a group")
     if min(layer.lengths) < layer.plan.sinks:
         reasons.append(f"a row holds fewer than its {layer.plan.sinks} sinks")
     if any(layer.rows.shift(row) is None for row in range(layer.batch_size)):

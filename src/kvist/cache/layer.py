@@ -17,12 +17,13 @@ from kvist.cache.handle import Handle
 from kvist.cache.rows import Rows
 from kvist.cache.track import SlotMap, Track
 from kvist.cache.view import View
-from kvist.kernels.choose import stepper
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
 
 
-def _refuse(self, value) -> None:
+def _refuse(value: Tensor | None) -> None:
     if value is not None:
         raise AttributeError(
             "keys and values of a kvist layer are packed, and are not assigned: update(keys, values) adds tokens, "
@@ -37,8 +38,6 @@ class Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
-
-    keys = values = property(lambda self: None, _refuse)  # where transformers' own layers keep tensors
 
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
         self.slots = 0
@@ -72,6 +71,7 @@ class Layer(CacheLayerMixin):
             Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device, self.rows)
             for side, dim in sides
         )
+        self.request = self.plan.request(self.shape, self.page, self.device)
         self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
         self._fit(0)
         self.is_initialized = True
@@ -82,6 +82,7 @@ class Layer(CacheLayerMixin):
             for track in self.tracks:
                 track.to(device)
             self.device, self._skip = device, None
+            self.request = self.plan.request(self.shape, self.page, device)
 
     @property
     def keys(self) -> Handle | None:
@@ -90,7 +91,7 @@ class Layer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        _keep_out(keys)
+        _refuse(keys)
 
     @property
     def values(self) -> Handle | None:
@@ -99,7 +100,7 @@ class Layer(CacheLayerMixin):
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        _keep_out(values)
+        _refuse(values)
 
     @property
     def tracks(self) -> tuple[Track, Track]:
@@ -161,7 +162,7 @@ class Layer(CacheLayerMixin):
     def _step(self, keys: Tensor, values: Tensor) -> bool:
         """Store one token per row in one launch, which also packs what is due; False where no kernel does that."""
         key, value = self.tracks
-        store, _ = stepper(key.codec.traits, value.codec.traits, self.device)
+        store = choose(Operation.STORE, self.request).run
         if store is None or not step.advanceable(self):
             return False
         self._fit(self._waiting() + 1)  # before frontiers move: what is packed now is read from the ring
@@ -338,15 +339,6 @@ class Layer(CacheLayerMixin):
                     skip[row, [maps.slot_of(p) for p in pins]] = True
             self._skip = skip.to(self.device, non_blocking=True)
         return self._skip
-
-
-def _keep_out(x: Tensor | None) -> None:
-    """Nothing but what transformers' base class says of an empty layer."""
-    if x is not None:
-        raise ValueError(
-            "what a kvist layer stores is packed and cannot be assigned; give new tokens to cache.update, or save() "
-            "and load() the cache"
-        )
 
 
 def _pick(x: Tensor, rows: list[int], columns: list[tuple[int, int]]) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kvist.cache.rows import Rows
-from kvist.kernels.attend import Partial, attend
-from kvist.kernels.choose import exact_attention
+from kvist.kernels.choose import choose, place
+from kvist.kernels.contract import Operation, Partial, Request
+from kvist.kernels.reference.attend import attend
 from kvist.types import HOLD
 
 QUERIES = 512  # query rows that are scored at a time, at most
 SCORES = 1 << 22  # scores at a time, whatever the batch and the heads: some copies of them are made
-FAST_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class Look(NamedTuple):
@@ -27,6 +27,11 @@ class Look(NamedTuple):
     rows: Rows
     slots: int
     lengths: list[int]
+
+    @property
+    def biased(self) -> bool:
+        """Whether a mask is more than what all heads alike may see."""
+        return self.mask is not None and (self.mask.dtype != torch.bool or self.mask.shape[1] != 1)
 
     def plain(self, chunked: bool) -> bool:
         """Whether every query sees every packed token; `chunked`: the queries' own tokens are not among these."""
@@ -66,12 +71,10 @@ def attend_tiled(q: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, look: 
 
     keys, values (B, Hk, N, D) may hold anything where `tokens` is -1.
     """
-    fast, _ = exact_attention(q.device)
-    known = FAST_TYPES.issuperset((keys.dtype, values.dtype))
-    if fast is not None and known and q.shape[2] <= HOLD:
-        visible, bias = look.at(tokens, shift, shift + q.shape[2])
-        if bias is None and visible.shape[1] == 1:
-            return fast(q, keys, values, visible, look.scale, look.softcap)
+    request = Request(queries=q.shape[2], kept=keys.dtype, biased=look.biased, **place(q.device))
+    if (fast := choose(Operation.EXACT, request).run) is not None:
+        visible, _ = look.at(tokens, shift, shift + q.shape[2])
+        return fast(q, keys, values, visible, look.scale, look.softcap)
     values = values.masked_fill((tokens < 0)[:, None, :, None], 0)
     parts = []
     step = max(HOLD, min(QUERIES, SCORES // (q.shape[0] * q.shape[1] * max(1, keys.shape[2]))))

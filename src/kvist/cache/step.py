@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvist.kernels.choose import Exact
+from kvist.kernels.contract import Exact
 
 if TYPE_CHECKING:
     from kvist.cache.layer import Layer
     from kvist.cache.track import Track
 
-DUE, STATE = 6, 8  # numbers per row, for `choose.stepper` and for `choose.Decode`
+DUE, STATE = 6, 8  # numbers per row, for STORE and for `contract.Decode`
 KEPT = 8  # states that are remembered: as many as a recipe has different layers, usually
 BLOCK = 16  # query rows that share a counter
 
@@ -38,12 +38,12 @@ def on_device(layer: Layer, numbers: tuple[int, ...], width: int) -> Tensor:
 
 
 def state(layer: Layer, origins: list[int]) -> Tensor:
-    """See `choose.Decode`."""
+    """See `contract.Decode`."""
     return on_device(layer, tuple(states(layer, origins)), STATE)
 
 
 def states(layer: Layer, origins: list[int]) -> list[int]:
-    """The numbers of all rows: see `choose.Decode`."""
+    """The numbers of all rows: see `contract.Decode`."""
     numbers = []
     for row, origin in enumerate(origins):
         frontiers = (track.states[row].frontier for track in layer.tracks)
@@ -52,7 +52,7 @@ def states(layer: Layer, origins: list[int]) -> list[int]:
 
 
 def advance(layer: Layer) -> list[int]:
-    """Move every row of a layer one token on: what `choose.stepper` is to pack and where the token goes, as numbers.
+    """Move every row of a layer one token on: what STORE is to pack and where the token goes, as numbers.
     The host's side is then as if it were done: pages are taken, pins kept, frontiers moved."""
     due = []
     for row in range(layer.batch_size):
@@ -89,7 +89,7 @@ def exact(track: Track) -> Exact:
 
 
 def pinned(layer: Layer) -> Tensor | None:
-    """Positions that either side keeps exact though packed, (B, P, 4): see `choose.Decode`. None: never any."""
+    """Positions that either side keeps exact though packed, (B, P, 4): see `contract.Decode`. None: never any."""
     if not layer.plan.pinned:
         return None
     now = [pins for track in layer.tracks for pins in track.exact.pins]

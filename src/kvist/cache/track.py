@@ -14,7 +14,8 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.cache.rows import Rows
-from kvist.kernels.choose import packer
+from kvist.kernels.choose import coder
+from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan, Side
 from kvist.types import Geometry
 
@@ -160,7 +161,7 @@ class Track:
             source = torch.cat([source, source[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
             at = None if at is None else torch.cat([at, at[:, -1:].expand(-1, short)], dim=1)
         tokens = source.shape[2]
-        straight, _ = packer(self.codec.traits, self.pool.device)
+        straight = coder(Operation.PACK, self.codec.traits, self.pool.device)
         if straight is not None and at is None:
             self._encode_straight(straight, rows, source, slots)
             return

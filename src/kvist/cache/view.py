@@ -6,6 +6,7 @@ with the context; only `dense`, the way for strangers, builds the whole tensor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from kvist.cache import step
 from kvist.cache.look import QUERIES, Look, attend_tiled
 from kvist.cache.loose import Loose, loose
-from kvist.kernels.attend import Partial, merge
-from kvist.kernels.choose import MOST_CELLS, MOST_QUERIES, Decode, Stored, decode_attention, packed_attention
-from kvist.types import HOLD
+from kvist.kernels.choose import choose
+from kvist.kernels.contract import Decode, Operation, Partial, Request, Stored
+from kvist.kernels.reference.attend import merge
 
 if TYPE_CHECKING:
     from kvist.cache.layer import Layer
@@ -105,23 +106,15 @@ class View:
 
     def _step(self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor | None:
         """Causal attention in one launch; None where no kernel serves it."""
-        layer, queries = self.layer, query.shape[2]
-        key, value = layer.tracks
-        rows = query.shape[1] // layer.shape.heads * queries
-        dims, pinned = (key.dim, value.dim), self.skip is not None
-        fast, _ = decode_attention(key.codec.traits, value.codec.traits, self.device, dims, rows, pinned)
-        many = len(self.lengths) * layer.shape.heads > MOST_CELLS
-        if fast is None or many or self.chunk is not None or queries > MOST_QUERIES:
-            return None
-        origins = [0] * len(self.lengths) if key.codec.transform.fixed else self._origins()
-        if origins is None or any(len(maps.runs) > 1 for maps in self.maps):
-            return None
-        if queries > 1 and not self.rows.dense(self.slots):
+        layer, origins = self.layer, self._origins()
+        fast = choose(Operation.STEP, self._request(query, origins)).run
+        if fast is None or origins is None:
             return None
         self._check()
+        key, value = layer.tracks
         call = Decode(
             state=step.state(layer, origins),
-            counters=step.counters(layer, query.shape[1], queries),
+            counters=step.counters(layer, query.shape[1], query.shape[2]),
             page=layer.page,
             scale=scale,
             softcap=softcap,
@@ -130,6 +123,21 @@ class View:
             sink=sink,
         )
         return fast(query, self._stored(key), self._stored(value), step.exact(key), step.exact(value), call)
+
+    def _request(self, query: Tensor, origins: list[int] | None, look: Look | None = None) -> Request:
+        """What is asked of kernels: the layer, queries, and what `look` hides from them."""
+        return replace(
+            self.layer.request,
+            batch=query.shape[0],
+            group=query.shape[1] // self.layer.shape.heads,
+            queries=query.shape[2],
+            dtype=query.dtype,
+            gaps=any(len(maps.runs) > 1 for maps in self.maps),
+            shifted=origins is None,
+            padded=query.shape[2] > 1 and not self.rows.dense(self.slots),
+            hidden=look is not None and not look.plain(self.chunk is not None),
+            chunk=self.chunk is not None,
+        )
 
     def _attend(
         self,
@@ -165,13 +173,11 @@ class View:
 
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
         key, value = self.layer.key, self.layer.value
-        fixed = key.codec.transform.fixed
-        q = key.codec.transform.forward(q) if fixed else q
-        fast, _ = packed_attention(key.codec.traits, value.codec.traits, self.device)
-        origins = None if fixed else self._origins()
-        served = fixed or origins is not None
-        if fast is not None and served and look.plain(self.chunk is not None) and q.shape[2] <= HOLD:
+        q, origins = key.codec.transform.forward(q) if key.codec.transform.fixed else q, self._origins()
+        fast = choose(Operation.PAGES, self._request(q, origins, look)).run
+        if fast is not None:
             stored = (self._stored(track) for track in self.layer.tracks)
+            origins = None if key.codec.transform.fixed else origins
             part = fast(q, *stored, self.limits, self.skip, self.layer.page, look.scale, look.softcap, origins)
         else:
             part = self._packed_tiles(q, look)
@@ -182,7 +188,10 @@ class View:
         return Stored(track.pool.arrays, track.pool.table(self.layer.table_width(track)), constants)
 
     def _origins(self) -> list[int] | None:
-        """The position of page slot 0 of each row, where that of slot i is i more; None where it is not so."""
+        """The position of page slot 0 of each row, where that of slot i is i more; None where it is not so. Zeros where
+        nobody asks."""
+        if self.layer.key.codec.transform.fixed:
+            return [0] * len(self.lengths)
         shifts = [self.rows.shift(row) for row in range(len(self.lengths))]
         if any(len(maps.runs) > 1 for maps in self.maps):
             return None

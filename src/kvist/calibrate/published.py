@@ -20,7 +20,7 @@ from kvist.calibrate.pickled import MOST_BYTES, read
 from kvist.calibrate.tables import evenly, normal_float
 from kvist.coding import Fixed, Slots, Table
 from kvist.coding.outliers import MOST
-from kvist.kernels.grid import FLOAT16_MAX
+from kvist.kernels.reference.grid import FLOAT16_MAX
 from kvist.models.adapter import Model, describe
 from kvist.models.rope import rotary
 

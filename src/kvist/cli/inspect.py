@@ -91,9 +91,7 @@ def _method(recipe, described, token: int, device: str) -> dict:
     return {
         "method": recipe.name,
         "sentence": str(recipe),
-        "kernel": _kernel(plans, described, device),
-        "encoder": _encoder(plans, device),
-        "captured": _capture(plans, device),
+        **_kernels(recipe, plans, described, device),
         "bytes_per_token": bills["32K"] / length,
         "bytes": bills,
         "bytes_16_bit": {k: 2 * token * n for k, n in LENGTHS.items()},
@@ -116,58 +114,37 @@ def _fitted(recipe, model) -> dict:
     return {"needs": [], "fitted_to": recipe.model and recipe.model.name, "tables": counts}
 
 
-def _kernel(plans, described, device: str) -> str:
-    """Which attention reads the packed pages, or why only the reference does. On a GPU: of decode steps, which are one
-    launch each."""
+def _kernels(recipe, plans, described, device: str) -> dict[str, str]:
+    """What serves a decode step of one row (on a GPU it is one launch), packing, and captured steps; or why not."""
+    from dataclasses import replace
+
     import torch
 
-    from kvist.kernels.choose import decode_attention, packed_attention
-
-    if not any(plan.packs for plan in plans):
-        return "none needed: nothing is packed, the model's own attention serves"
-    place = torch.device(device)
-    traits = [(plan.key.codec.traits, plan.value.codec.traits, place) for plan in plans]
-    if place.type == "cpu":
-        return _answer([packed_attention(*given) for given in traits], "layers")
-    steps = zip(traits, plans, described.shapes, described.queries, strict=True)
-    found = [
-        decode_attention(*given, (shape.key_dim, shape.value_dim), queries // shape.heads, plan.pinned)
-        for given, plan, shape, queries in steps
-    ]
-    return _answer(found, "layers")
-
-
-def _capture(plans, device: str) -> str:
-    """What stores the tokens of captured decode steps, or why they cannot be captured."""
-    import torch
-
-    from kvist.kernels.choose import stepper
+    from kvist.kernels.choose import choose
+    from kvist.kernels.contract import Operation
 
     packing = [plan for plan in plans if plan.packs]
-    if len(packing) < len(plans):
-        return "none: a layer packs nothing"
-    found = [stepper(plan.key.codec.traits, plan.value.codec.traits, torch.device(device)) for plan in packing]
-    return _answer(found, "layers").replace("reference; ", "none: ")
+    if not packing:
+        none = "none needed: nothing is packed"
+        return {"kernel": f"{none}, the model's own attention serves", "encoder": none, "captured": none}
+    asked = [
+        replace(plan.request(shape, recipe.page, torch.device(device)), group=queries // shape.heads, dtype=shape.dtype)
+        for plan, shape, queries in zip(plans, described.shapes, described.queries, strict=True)
+        if plan.packs
+    ]
+    sides = [replace(one, sides=(side,)) for one in asked for side in one.sides if side.levels != "raw"]
+    attend = Operation.PAGES if device == "cpu" else Operation.STEP
+    stored = _answer([choose(Operation.STORE, one) for one in asked], "layers").replace("reference; ", "none: ")
+    return {
+        "kernel": _answer([choose(attend, one) for one in asked], "layers"),
+        "encoder": _answer([choose(Operation.ENCODE, one) for one in sides], "sides of layers"),
+        "captured": stored if len(packing) == len(plans) else "none: a layer packs nothing",
+    }
 
 
-def _encoder(plans, device: str) -> str:
-    """What packs keys and values, or why only the reference does."""
-    import torch
-
-    from kvist.kernels.choose import encoder
-
-    codecs = [side.codec for plan in plans for side in plan.sides if plan.packs and not side.codec.raw]
-    if not codecs:
-        return "none needed: nothing is packed"
-    return _answer([encoder(codec.traits, torch.device(device)) for codec in codecs], "sides of layers")
-
-
-def _answer(found, unit: str) -> str:
+def _answer(choices, unit: str) -> str:
     """The implementations that were chosen, by name, with counts where they differ."""
-    answers = Counter()
-    for fast, reasons in found:
-        function = getattr(fast, "func", fast)
-        answers[f"{function.__module__}.{function.__name__}" if function else "reference; " + "; ".join(reasons)] += 1
+    answers = Counter("; ".join([choice.name, *choice.reasons]) for choice in choices)
     if len(answers) == 1:
         return next(iter(answers))
     return "; ".join(f"{n} {unit}: {answer}" for answer, n in answers.items())

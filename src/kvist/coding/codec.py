@@ -1,5 +1,6 @@
 """The five parts composed: transform, outliers, range, levels, bits."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ from kvist.coding.levels import Levels, Raw, Table, Uniform
 from kvist.coding.outliers import NoOutliers, Outliers, Slots
 from kvist.coding.ranges import Fixed, MinMax, Range
 from kvist.coding.transforms import Hadamard, Identity, Transform, Unrotate
-from kvist.kernels.bits import RUN, pack, packed_bytes, unpack
-from kvist.kernels.choose import Constants, Traits, decoder, encoder
-from kvist.kernels.grid import FLOAT16_MAX, narrow, normalise
+from kvist.kernels.choose import coder
+from kvist.kernels.contract import RUN, Constants, Operation, Traits, packed_bytes
+from kvist.kernels.reference.bits import pack, unpack
+from kvist.kernels.reference.grid import FLOAT16_MAX, narrow, normalise
 from kvist.types import ArraySpec, Part
 
 Arrays = dict[str, Tensor]
@@ -93,7 +95,7 @@ class Codec(Part):
         if not self.raw:
             self.outliers.count(channels)
 
-    @property
+    @cached_property
     def traits(self) -> Traits:
         """What a kernel needs to know."""
         return Traits(
@@ -148,7 +150,7 @@ class Codec(Part):
             return {"values": x}
         self.check(x.shape[-3], x.shape[-1])
         x = self.transform.forward(x.float(), at)
-        fast, _ = encoder(self.traits, x.device)
+        fast = coder(Operation.ENCODE, self.traits, x.device)
         return self._reference(x) if fast is None else fast(x, self.constants(x.shape[-3], x.device), self._slots(x))
 
     def _slots(self, x: Tensor) -> int:
@@ -202,7 +204,7 @@ class Codec(Part):
             return arrays["values"]
         codes = arrays["codes"]
         self.check(codes.shape[-3], 8 * codes.shape[-1] // self.levels.bits)
-        fast, _ = decoder(self.traits, codes.device)
+        fast = coder(Operation.DECODE, self.traits, codes.device)
         x = self._decoded(arrays) if fast is None else fast(arrays, self.constants(codes.shape[-3], codes.device))
         return self.transform.inverse(x, at) if inverse or not self.transform.fixed else x
 

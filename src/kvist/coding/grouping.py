@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvist.kernels.bits import RUN
+from kvist.kernels.contract import RUN
 from kvist.types import MOST_TOKENS, Part
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvist.kernels.grid import round_to
+from kvist.kernels.reference.grid import round_to
 from kvist.types import Part
 
 

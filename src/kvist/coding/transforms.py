@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvist.kernels.choose import rotator
-from kvist.kernels.grid import rotate
-from kvist.kernels.rotary import angles, turn
+from kvist.kernels.choose import choose, place
+from kvist.kernels.contract import Operation, Request
+from kvist.kernels.reference.grid import rotate
+from kvist.kernels.reference.rotary import angles, turn
 from kvist.types import Part
 
 
@@ -37,7 +38,7 @@ class Hadamard(Part):
 
     def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Values (..., D) to fp32 (..., D) in the other space; a token's bits do not depend on what comes with it."""
-        fast, _ = rotator(x.device)
+        fast = choose(Operation.ROTATE, Request(**place(x.device))).run
         return (fast or rotate)(x.float(), x.shape[-1] & -x.shape[-1])
 
     inverse = forward

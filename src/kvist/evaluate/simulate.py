@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvist.coding import Codec, Fixed, Slots
-from kvist.kernels.grid import narrow, normalise
+from kvist.kernels.reference.grid import narrow, normalise
 from kvist.models.adapter import describe
 from kvist.plan import LayerPlan, Recipe
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from kvist.coding.transforms import Unrotate
-from kvist.kernels.rotary import angles
+from kvist.kernels.reference.rotary import angles
 from kvist.models.adapter import SERVED, describe
 from kvist.models.compat import cache_argument
 

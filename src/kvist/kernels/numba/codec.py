@@ -15,10 +15,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kvist.kernels.bits import PLANES, packed_bytes
-from kvist.kernels.choose import Constants, Traits
-from kvist.kernels.codes_numba import EXACT, affine, half, look_up, number, pack, unpack
-from kvist.kernels.sparse_numba import clipped, find, overwrite
+from kvist.kernels.contract import PLANES, Constants, Traits, packed_bytes
+from kvist.kernels.numba.codes import EXACT, affine, half, look_up, number, pack, unpack
+from kvist.kernels.numba.sparse import clipped, find, overwrite
 
 _MEASURE = {**EXACT, "fastmath": {"nnan", "nsz", "reassoc"}}  # the smallest of numbers is exact in any order
 
@@ -206,7 +205,7 @@ def _escape(traits: Traits, x: np.ndarray, fixed: Range, entries: np.ndarray) ->
 
 
 def encode(traits: Traits, x: Tensor, constants: Constants, slots: int) -> dict[str, Tensor]:
-    """See `choose.encoder`."""
+    """See `choose`: ENCODE."""
     lead, (heads, tokens, dim) = x.shape[:-3], x.shape[-3:]
     count, top, fixed, found = prod(lead), 2**traits.bits - 1, (NO_RANGE, NO_RANGE), {}
     source = x.reshape(count, heads, tokens, dim).contiguous().numpy()
@@ -253,7 +252,7 @@ def _restore(outlier, channel, ends, out):
 
 
 def decode(traits: Traits, arrays: dict[str, Tensor], constants: Constants) -> Tensor:
-    """See `choose.decoder`."""
+    """See `choose`: DECODE."""
     codes = arrays["codes"]
     lead, (heads, tokens, size) = codes.shape[:-3], codes.shape[-3:]
     count, dim = prod(lead), size * 8 // traits.bits

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.choose import Constants, Traits
-from kvist.kernels.coding_triton import EXACT, TILE
+from kvist.kernels.contract import Constants, Traits
+from kvist.kernels.triton.coding import EXACT, TILE
 
 
 @triton.jit

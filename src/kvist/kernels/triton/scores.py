@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvist.kernels.tiles_triton import angles, decoded, first_of, hadamard, second_of, slice_channels
+from kvist.kernels.triton.tiles import angles, decoded, first_of, hadamard, second_of, slice_channels
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that differences are numbers

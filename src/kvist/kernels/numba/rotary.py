@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numba import njit
 
-from kvist.kernels.codes_numba import FAST
+from kvist.kernels.numba.codes import FAST
 
 
 @lru_cache(64)

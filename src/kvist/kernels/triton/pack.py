@@ -6,7 +6,7 @@ Words of four bytes are formed first, within a thread, and their bits put togeth
 import triton
 import triton.language as tl
 
-from kvist.kernels.coding_triton import channels, extremes, measured, members, quotient, settled, tokens_of
+from kvist.kernels.triton.coding import channels, extremes, measured, members, quotient, settled, tokens_of
 
 
 @triton.jit

@@ -5,17 +5,15 @@ What is due stands in a tensor on the device, so that a captured graph can be re
 into the rings by earlier launches; the new one goes into a slot that holds none of them.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.choose import Constants, Traits
-from kvist.kernels.coding_triton import EXACT, Coding, coding, compiled, kinds, parts, pointers, warps
+from kvist.kernels.contract import Constants, Traits
 from kvist.kernels.guard import on_its_device
-from kvist.kernels.pack_triton import code_tile
+from kvist.kernels.triton.coding import EXACT, Coding, coding, compiled, kinds, parts, pointers, warps
+from kvist.kernels.triton.pack import code_tile
 
 STATE = tl.constexpr(6)  # numbers per row
 
@@ -66,18 +64,6 @@ def step_kernel(
             _append(new[1], rings[1], line, position % capacity, capacity, VC.dim)
 
 
-@cache
-def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
-    """Why a step cannot be written by this kernel; () if it can."""
-    reasons = []
-    for side, traits in (("keys", key), ("values", value)):
-        if traits.outliers:
-            reasons.append(f"{side} keep outliers")
-        if traits.rotary:
-            reasons.append(f"{side} are stored before a rotary embedding")
-    return tuple(reasons)
-
-
 def _uncounted(device: torch.device) -> tuple[Tensor, Tensor]:
     count = torch.empty((), dtype=torch.int64, device=device)  # added to, and never read
     return count, count
@@ -101,8 +87,6 @@ def step(
     Numbers are whole groups, 0 packs nothing. most: as many tokens of each side may be due. clipped: int64, entries
     beyond fixed ranges are added to it.
     """
-    if reasons := unserved(key, value):
-        raise ValueError(f"this kernel does not write such a step ({'; '.join(reasons)}): pack with the cache's tracks")
     (batch, heads, capacity, dim), value_dim = rings[0].shape, rings[1].shape[3]
     if not all(x.is_contiguous() for x in (*rings, *tables, state)) or state.shape != (batch, 6) or not capacity:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kvist.kernels.attend import Partial
+from kvist.kernels.contract import Partial
 
 _FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 FLOAT, HALF, BRAIN = 0, 1, 2  # fp32; fp16 and bf16 as their bits
@@ -95,7 +95,7 @@ def _attend(q, keys, values, k_kind, v_kind, visible, scale, softcap, out, lse):
 def attend_exact(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
 ) -> Partial:
-    """See `choose.exact_attention`."""
+    """See `choose`: EXACT."""
     batch, heads, queries, dim = q.shape
     grouped = q.reshape(batch, keys.shape[1], -1, dim).numpy()
     out = torch.zeros(*grouped.shape[:3], values.shape[-1])

@@ -1,11 +1,9 @@
 """The host's side of `cuda/decode.cu`: which cells it serves, its compilation at run time, and its launch.
 
-NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and shape; nothing is built at install. What
-the kernel does not serve goes to Triton's.
+NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and shape; nothing is built at install.
 """
 
 import ctypes
-import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,22 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvist.kernels.choose import Decode, Exact, Stored, Traits
+from kvist.kernels.contract import Decode, Exact, Stored, Traits
+from kvist.kernels.cuda.serves import TYPES
 from kvist.kernels.guard import on_its_device
 
-FOLDER = Path(__file__).with_name("cuda")
+FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "decode.cu"
 HEADERS = tuple(f"{name}.cuh" for name in ("packed", "deal", "exact", "page", "codes", "layout", "primitives"))
-DIMS = 64, 128
 STATIC = 7 << 10  # bytes of shared memory of a block beside its rings, at most, and what the device takes itself
 MULTIPROCESSOR = 227 << 10  # bytes of shared memory of a multiprocessor, as sm_90 and sm_100 have
 MOST_SPAN = 6 << 10  # bytes: what two stages of 16 warps leave room for
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class Tuning(NamedTuple):
-    """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps of
-    a block; blocks: that a multiprocessor holds at once, by registers and shared memory."""
+    """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps
+    of a block; blocks: that a multiprocessor holds at once, by registers and shared memory."""
 
     span: int
     stages: int
@@ -66,7 +63,7 @@ class Cell(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        """Two or three spans under way in each of 16 warps, where shared memory allows: copies then hide behind them."""
+        """Two or three spans under way in each of 16 warps, where shared memory allows: copies hide behind them."""
         span = next(n for n in (64, 32, 16) if n == 16 or self.span_bytes(n) <= MOST_SPAN)
         stages = max(2, min(4, (MULTIPROCESSOR // 2 - STATIC) // (8 * self.span_bytes(span))))
         return Tuning(span, stages)
@@ -79,44 +76,12 @@ class Cell(NamedTuple):
         return max(rings, parts, merged)
 
 
-@cache
-def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
-    """Why this kernel does not read such pages; () if it does."""
-    reasons = []
-    for side, traits in (("keys", key), ("values", value)):
-        if traits.levels != "uniform" or traits.bits not in (1, 2, 3, 4, 8):
-            reasons.append(f"{side} are not uniform numbers of 1, 2, 3, 4 or 8 bits")
-        if traits.range != "minmax":
-            reasons.append(f"{side} have a range of kind {traits.range}")
-        if traits.outliers or traits.rotary:
-            reasons.append(f"{side} keep outliers, or are stored before a rotary embedding")
-    if key.hadamard != value.hadamard:
-        reasons.append("one side alone is stored in Hadamard space")
-    if value.hadamard and value.group:
-        reasons.append("values in Hadamard space share ranges along less than a head")
-    if (key.group not in (32, 64, 128) or key.across_heads) if key.along == "tokens" else key.group:
-        reasons.append("keys share ranges neither along 32, 64 or 128 tokens nor along all channels of a token")
-    if value.along != "channels" or value.group not in (0, 32, 64, 128):
-        reasons.append("values do not share ranges along 32, 64 or 128 channels")
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        reasons.append("cuda-bindings is not installed (pip install kvist[cuda])")
-    return tuple(reasons)
-
-
-def serves(key: Traits, value: Traits, dim: int) -> bool:
-    """Whether heads of `dim` channels are served, where `unserved` has no reasons."""
-    return dim in DIMS and dim * min(key.bits, value.bits) >= 128 and value.group <= dim
-
-
-def cell(key: Traits, value: Traits, q: Tensor, heads: int, value_dim: int, call: Decode) -> Cell | None:
-    """The cell of a call; None where only its traits are served."""
-    rows, dim = q.shape[1] // heads * q.shape[2], q.shape[3]
-    tokens = key.group if key.along == "tokens" else 32
-    fits = dim == value_dim and serves(key, value, dim) and rows <= 8 and call.page % max(64, tokens) == 0
-    if not fits or call.skip is not None or call.pinned is not None or q.dtype not in TYPES:
-        return None
+def cell(key: Traits, value: Traits, q: Tensor, heads: int, call: Decode) -> Cell:
+    """The cell of a call that `serves` has let through."""
+    dim = q.shape[3]
     return Cell(
-        key.bits, value.bits, tokens, value.group or dim, call.page, heads, rows, q.shape[2], TYPES[q.dtype],
+        key.bits, value.bits, key.group if key.along == "tokens" else 32, value.group or dim, call.page, heads,
+        q.shape[1] // heads * q.shape[2], q.shape[2], TYPES.index(q.dtype),
         SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim, KR=int(key.along == "channels"),
         KA=int(key.across_heads), VA=int(value.across_heads), TURN=int(key.hadamard),
     )  # fmt: skip
@@ -236,13 +201,8 @@ def decode(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode,
     tuning: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `choose.decode_attention`. tuning: for measurements; None is the cell's own."""
-    made = cell(key, value, q, k_exact.ring.shape[1], v_exact.ring.shape[-1], call)
-    old = torch.cuda.get_device_capability(q.device)[0] < 8
-    if made is None or old or k_exact.ring.dtype != q.dtype:
-        from kvist.kernels.decode_triton import decode as fallback
-
-        return fallback(key, value, q, k, v, k_exact, v_exact, call)
+    """See `choose`: STEP, of a request that `serves` lets through. tuning: for measurements; None is the cell's own."""
+    made = cell(key, value, q, k_exact.ring.shape[1], call)
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     loaded = _loaded(made, q.device.index or 0, tuning)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvist.kernels.bits import packed_bytes
-from kvist.kernels.choose import Constants, Traits
-from kvist.kernels.coding_triton import (
+from kvist.kernels.contract import Constants, Traits, packed_bytes
+from kvist.kernels.guard import on_its_device
+from kvist.kernels.triton.coding import (
     EXACT,
     TILE,
     Coding,
@@ -24,9 +24,8 @@ from kvist.kernels.coding_triton import (
     pointers,
     warps,
 )
-from kvist.kernels.guard import on_its_device
-from kvist.kernels.outliers_triton import escape, restore
-from kvist.kernels.pack_triton import code_tile
+from kvist.kernels.triton.outliers import escape, restore
+from kvist.kernels.triton.pack import code_tile
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def _launch(traits: Traits, x: Tensor, turn: bool) -> tuple[Tensor, Coding, int,
 
 @on_its_device
 def encode(traits: Traits, x: Tensor, constants: Constants, slots: int, turn: bool = False) -> dict[str, Tensor]:
-    """See `choose.encoder`. x may be of any float type and strides; with `turn` it is given before its Hadamard
+    """See `choose`: ENCODE. x may be of any float type and strides; with `turn` it is given before its Hadamard
     rotation, which is done on the way."""
     lead, (heads, tokens, dim) = x.shape[:-3], x.shape[-3:]
     count, device, found, escaped = prod(lead), x.device, {}, None
@@ -163,7 +162,7 @@ def encode_pages(
 
 @on_its_device
 def decode(traits: Traits, arrays: dict[str, Tensor], constants: Constants) -> Tensor:
-    """See `choose.decoder`."""
+    """See `choose`: DECODE."""
     lead, (heads, tokens, size) = arrays["codes"].shape[:-3], arrays["codes"].shape[-3:]
     count, dim = prod(lead), size * 8 // traits.bits
     flat = {name: array.contiguous() for name, array in arrays.items()}

@@ -16,9 +16,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvist.kernels.bits import PLANES
-from kvist.kernels.choose import Constants, Traits
-from kvist.kernels.unpack_triton import PLAIN
+from kvist.kernels.contract import PLANES, Constants, Traits
+from kvist.kernels.triton.unpack import PLAIN
 
 TILE = 4096  # values per program
 EXACT = {"enable_fp_fusion": False}

@@ -10,13 +10,7 @@ straddles a byte.
 import torch
 from torch import Tensor
 
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}
-RUN = 8  # codes: the shortest run that fills whole bytes at every width
-
-
-def packed_bytes(n: int, bits: int) -> int:
-    """Bytes that n codes of `bits` bits take; n is a multiple of 8."""
-    return n * bits // 8
+from kvist.kernels.contract import PLANES, RUN, packed_bytes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The host's side of Triton decode attention: what a launch is given, and how it is shaped.
 
-See `attend_triton` for the kernel and `choose.decode_attention` for the contract.
+See `attend` for the kernel, and STEP in `choose` for what it takes.
 """
 
 from functools import cache
@@ -12,11 +12,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvist.kernels.attend_triton import decode_kernel
-from kvist.kernels.bits import PLANES
-from kvist.kernels.choose import Decode, Exact, Stored, Traits
+from kvist.kernels.contract import PLANES, Decode, Exact, Stored, Traits
 from kvist.kernels.guard import on_its_device
-from kvist.kernels.tiles_triton import Arrays, Form
+from kvist.kernels.triton.attend import decode_kernel
+from kvist.kernels.triton.tiles import Arrays, Form
 
 COLUMNS = 16  # query rows per program at most
 LOOSE = 32  # loose tokens per program
@@ -87,7 +86,7 @@ def decode(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode,
     configuration: Configuration | None = None, splits: int = 0,
 ) -> Tensor:  # fmt: skip
-    """See `choose.decode_attention`. splits: 0 lets the device's size decide."""
+    """See `choose`: STEP. splits: 0 lets the device's size decide."""
     batch, q_heads, queries, dim = q.shape
     heads, value_dim = k_exact.ring.shape[1], v_exact.ring.shape[-1]
     page = call.page

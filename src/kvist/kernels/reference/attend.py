@@ -5,17 +5,11 @@ disjoint sets combine exactly from these two numbers. All arithmetic is fp32.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Partial(NamedTuple):
-    """Attention over some of the tokens: out (B, Hq, M, D) fp32, normalised; lse (B, Hq, M) fp32, natural log."""
-
-    out: Tensor
-    lse: Tensor
+from kvist.kernels.contract import Partial
 
 
 def attend(

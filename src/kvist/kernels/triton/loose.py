@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from kvist.kernels.scores_triton import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
-from kvist.kernels.tiles_triton import decoded, hadamard
-from kvist.kernels.unpack_triton import PLAIN
+from kvist.kernels.triton.scores import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
+from kvist.kernels.triton.tiles import decoded, hadamard
+from kvist.kernels.triton.unpack import PLAIN
 
 
 @triton.jit

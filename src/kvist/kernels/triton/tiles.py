@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kvist.kernels.unpack_triton import halves
+from kvist.kernels.triton.unpack import halves
 
 TURN = tl.constexpr(0.15915494309189535)  # 1 / 2π
 

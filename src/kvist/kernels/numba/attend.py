@@ -17,13 +17,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kvist.kernels.attend import Partial
-from kvist.kernels.bits import PLANES
-from kvist.kernels.choose import Stored, Traits
-from kvist.kernels.codes_numba import FAST, affine, look_up, unpack, widen
-from kvist.kernels.dense_numba import dots, exponentials, weigh
-from kvist.kernels.rotary_numba import advance, phase, turn, turn_back, turns
-from kvist.kernels.sparse_numba import overwrite
+from kvist.kernels.contract import PLANES, Partial, Stored, Traits
+from kvist.kernels.numba.codes import FAST, affine, look_up, unpack, widen
+from kvist.kernels.numba.dense import dots, exponentials, weigh
+from kvist.kernels.numba.rotary import advance, phase, turn, turn_back, turns
+from kvist.kernels.numba.sparse import overwrite
 
 INLINE = {**FAST, "inline": "always"}  # a call that hands over a `Side` counts references to all its arrays
 PIECE = 32  # pages: long enough to make handing it out cheap, short enough to share the work evenly
@@ -128,7 +126,7 @@ def _soften(scores, tokens, scale, softcap, skip, skips, top, total, power, acc)
 def _attend(q, key, value, frequencies, cos, sin, origins, limits, skip, skips, scale, softcap, items, out, lse):
     """For each item (row, head, first page, last page): out (item, R, Dv) normalised, and lse (item, R).
 
-    cos and sin (page, F): see `rotary_numba.turns`; row b's page slot 0 is at position origins[b].
+    cos and sin (page, F): see `numba.rotary.turns`; row b's page slot 0 is at position origins[b].
     """
     rows, dim, page = q.shape[2], q.shape[3], value.codes.shape[2]
     keys, values = np.empty((page, dim), np.float32), np.empty((page, out.shape[2]), np.float32)
@@ -187,7 +185,7 @@ def _split(limits: list[int], heads: int, page: int, threads: int) -> np.ndarray
 def attend_pages(
     key: Traits, value: Traits, q: Tensor, k: Stored, v: Stored, limits, skip, page, scale, softcap, origins
 ) -> Partial:
-    """See `choose.packed_attention`. key and value are their Traits."""
+    """See `choose`: PAGES. key and value are their Traits."""
     batch, heads, queries, dim = q.shape
     sides = _side(key, k, page), _side(value, v, page)
     kv_heads, value_dim = sides[1].codes.shape[1], sides[1].codes.shape[-1] * 8 // value.bits

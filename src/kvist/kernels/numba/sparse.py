@@ -7,7 +7,7 @@ the head.
 import numpy as np
 from numba import njit
 
-from kvist.kernels.codes_numba import EXACT, half, number
+from kvist.kernels.numba.codes import EXACT, half, number
 
 CHUNK = 32  # entries that one comparison passes over
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from kvist.kernels.codes_numba import FAST
+from kvist.kernels.numba.codes import FAST
 
 
 @njit(**FAST)

@@ -11,9 +11,9 @@ that a CUDA graph can replay the launch.
 import triton
 import triton.language as tl
 
-from kvist.kernels.loose_triton import loose_part
-from kvist.kernels.scores_triton import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
-from kvist.kernels.tiles_triton import decoded, folded_scores, hadamard, slice_channels, value_unit, weigh_folded
+from kvist.kernels.triton.loose import loose_part
+from kvist.kernels.triton.scores import LOG2E, NONE, dense_scores, packed_query, peak, scaled, soften
+from kvist.kernels.triton.tiles import decoded, folded_scores, hadamard, slice_channels, value_unit, weigh_folded
 
 # Numbers that change as a context grows: a kernel compiled for one must serve the next.
 CHANGING = ["k_width", "v_width", "skip_width", "sinks", "capacity", "k_pins", "v_pins", "pins", "loose", "parts"]

@@ -1,0 +1,1 @@
+"""On NVIDIA GPUs: the fast decode kernel, compiled at run time."""

@@ -1,0 +1,1 @@
+"""On CPUs: compiled loops over packed bytes."""

@@ -1,0 +1,76 @@
+"""What the compiled loops serve, and why not. Loads numba only for what is served."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kvist.kernels.contract import Operation, Request
+from kvist.types import HOLD
+
+OPERATIONS = {Operation.ENCODE, Operation.DECODE, Operation.ROTATE, Operation.PAGES, Operation.EXACT}
+TYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def unserved(operation: Operation, request: Request) -> tuple[str, ...]:
+    """Why these loops do not serve a request; () if they do."""
+    if request.device != "cpu":
+        return (f"they run on CPUs, not on {request.device}",)
+    if importlib.util.find_spec("numba") is None:
+        return ("numba is not installed (pip install kvist[cpu])",)
+    if operation not in OPERATIONS:
+        return ("here parts are computed one by one and merged",)
+    reasons = [] if operation == Operation.EXACT else _coding(request)
+    if operation == Operation.PAGES:
+        reasons += _pages(request)
+    if operation == Operation.EXACT and request.kept not in TYPES | {None}:
+        reasons.append(f"exact tokens are {request.kept}")
+    if operation in (Operation.PAGES, Operation.EXACT):
+        if request.queries > HOLD:
+            reasons.append(f"more than {HOLD} queries")
+        if request.biased:
+            reasons.append("scores have a bias, or a mask per head")
+    return tuple(reasons)
+
+
+def _coding(request: Request) -> list[str]:
+    reasons = []
+    for side, traits in request.named():
+        if traits.levels == "raw":
+            reasons.append(f"{side} have raw levels")
+        if traits.range == "absmax":
+            reasons.append(f"{side} have a range of kind absmax")
+    return reasons
+
+
+def _pages(request: Request) -> list[str]:
+    key, value = request.sides
+    reasons = [f"{side} are stored before an interleaved rotary embedding"
+               for side, traits in request.named() if traits.rotary == "interleaved"]  # fmt: skip
+    if value.along != "channels":
+        reasons.append("values share scales along tokens")
+    if value.rotary:
+        reasons.append("values are stored before a rotary embedding")
+    if key.rotary and (request.gaps or request.shifted):
+        reasons.append("keys are stored before a rotary embedding, and their positions have gaps")
+    if request.hidden:
+        reasons.append("a query does not see every packed token")
+    return reasons
+
+
+def implementation(operation: Operation, request: Request) -> Callable:
+    """What runs, for a request that is served."""
+    if operation == Operation.EXACT:
+        from kvist.kernels.numba.exact import attend_exact
+
+        return attend_exact
+    if operation == Operation.PAGES:
+        from kvist.kernels.numba.attend import attend_pages
+
+        return partial(attend_pages, *request.sides)
+    from kvist.kernels.numba import codec
+
+    if operation == Operation.ROTATE:
+        return codec.rotate
+    return partial(codec.encode if operation == Operation.ENCODE else codec.decode, *request.sides)

@@ -1,0 +1,1 @@
+"""What every kernel must equal: plain torch, on any device."""

@@ -1,0 +1,1 @@
+"""On GPUs, portable: every recipe of the house."""
