@@ -5,7 +5,7 @@ checked to the byte.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,8 +43,15 @@ class Side(Part):
         """Tokens behind the sinks that are packed after one update of `length` tokens on an empty cache."""
         if length <= HOLD:
             return 0
-        behind = max(0, length - self.retention.sinks - HOLD)
-        return self.round(self.retention.advance(0, behind, True)) if behind else 0
+        return self.target(0, 0, max(0, length - self.retention.sinks - HOLD), True, self.round)[1]
+
+    def target(
+        self, decided: int, frontier: int, length: int, prompt: bool, floor: Callable[[int], int]
+    ) -> tuple[int, int]:
+        """What the rule decides at `length` tokens behind the sinks, and the frontier that follows from it: `floor`
+        gives the last position at which a group may end. Never less than before."""
+        decided = self.retention.advance(decided, length, prompt) if length > 0 else decided
+        return decided, max(frontier, floor(decided))
 
     def window(self) -> int | None:
         """Tokens that its ring must hold at most; None if that depends on the length."""

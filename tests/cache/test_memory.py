@@ -8,7 +8,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import kvist
-from kvist.cache import look
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
 from kvist.models.compat import cache_argument
@@ -108,7 +107,7 @@ def test_scores_of_a_chunk_are_made_a_few_queries_at_a_time(monkeypatch):
     handle, _ = cache.update(*pair(512), 0)
     outs, found = [], []
     for scores in (1 << 40, 1):
-        monkeypatch.setattr(look, "SCORES", scores)
+        monkeypatch.setattr(visible, "SCORES", scores)
         outs.append(handle.source.attend(query, DIM**-0.5))
         found.append(peak(lambda: handle.source.attend(query, DIM**-0.5)))
     assert torch.allclose(*outs, atol=1e-5) and found[1] < found[0] / 2, found

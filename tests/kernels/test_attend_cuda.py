@@ -72,7 +72,7 @@ def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
     call = call._replace(**options)
     cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, call)
     assert choose(Operation.STEP, replace(layer.request, device="cuda")).name == "cuda.attend.decode"
-    sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
+    sides = *step.stored(layer), step.exact(key), step.exact(value)
     argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, blocks)
     out.fill_(torch.nan)
     build(cell, bulk).run(ctypes.byref(argument), blocks, cell.shared(TUNING, blocks), int(backward))

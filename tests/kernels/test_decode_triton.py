@@ -160,9 +160,8 @@ def test_short_contexts(updates, monkeypatch):
 
 def launch(layer, q, **options):
     key, value = layer.tracks
-    view = View.after(layer)
     call = Decode(step.state(layer, [0] * layer.batch_size), step.counters(layer, q.shape[1], 1), layer.page, 0.1)
-    sides = view._stored(key), view._stored(value), step.exact(key), step.exact(value)
+    sides = *step.stored(layer), step.exact(key), step.exact(value)
     return decode_triton.decode(key.codec.traits, value.codec.traits, q, *sides, call, **options)
 
 

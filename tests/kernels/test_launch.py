@@ -63,10 +63,10 @@ for text, dtype in json.loads(sys.argv[1]):
         key, value = layer.tracks
         view, q = View.after(layer), torch.randn(2, 6, 1, 64).to(getattr(torch, dtype))
         traits = key.codec.traits, value.codec.traits
-        origins = [0, 0] if key.codec.transform.fixed else view._origins()
+        origins = [0, 0] if key.codec.transform.fixed else view.origins()
         numbers = step.state(layer, origins), step.counters(layer, 6, 1), layer.page, 0.125, None
         call = Decode(*numbers, view.skip, step.pinned(layer))
-        sides = view._stored(key), view._stored(value)
+        sides = step.stored(layer)
         decode_triton.decode(*traits, q, *sides, step.exact(key), step.exact(value), call)
         if choose(Operation.STORE, replace(layer.request, interpreted=True)).run:
             x, state = torch.randn(2, 2, 1, 64).to(q.dtype), torch.zeros(2, 6, dtype=torch.int32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvist.attention.switch import attach
 from kvist.cache.cache import Cache
-from kvist.cache.captured import Steps
+from kvist.cache.graph import Steps
 from kvist.models.compat import cache_argument
 
 WARM_UP = 2  # forwards before the capture: kernels are compiled, and libraries make their workspaces
@@ -41,7 +41,7 @@ class Captured:
         self.logits: Tensor | None = None
         self._attachment = attach(model)
         try:
-            self._steps = Steps(cache, tokens)
+            self._steps = cache.steps = Steps(cache.ours, cache.rows, tokens)
         except BaseException:
             self._attachment.close()
             raise
@@ -106,7 +106,7 @@ class Captured:
     def close(self) -> None:
         """Give model and cache back; the graph is freed."""
         self._attachment.close()
-        self._steps.close()
+        self.cache.steps = None
         self.graph = self.logits = None
 
     def __enter__(self) -> Captured:

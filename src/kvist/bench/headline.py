@@ -148,7 +148,7 @@ def _copy(source, target, shape: tuple[int, int], device: torch.device) -> None:
         b.states = [type(state)(state.decided, state.frontier) for state in a.states]
     target.lengths, target.slots, target.updates = list(source.lengths), source.slots, source.updates
     target.settled = source.settled
-    target._changed()
+    target.changed()
 
 
 def angles(device: torch.device, position: int = FAR, pairs: int = 64) -> dict:

@@ -53,7 +53,7 @@ def over_tiles(layer: Layer, query: Tensor, scale: float) -> Tensor:
     key, value = (track.codec.transform for track in layer.tracks)
     turned = key.forward(q) if key.fixed else q
     found = Partial(torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf))
-    for part in view._tiles(1) if any(view.limits) else ():
+    for part in view.tiles(1) if any(view.limits) else ():
         found = merge([found, _real(turned, *part, scale)])
     found = Partial(value.inverse(found.out), found.lse)
     return merge([found, *(_real(q, *part, scale) for part in view.loose)]).out
@@ -86,7 +86,7 @@ def launched(layer: Layer, query: Tensor, scale: float, configuration: object) -
     view, function = View.after(layer), kernel(layer).run
     assert function is not None
     key, value = layer.tracks
-    origins = [0] * layer.batch_size if key.codec.transform.fixed else view._origins()
+    origins = [0] * layer.batch_size if key.codec.transform.fixed else view.origins()
     assert origins is not None  # rows without gaps
     call = Decode(
         state=steps.state(layer, origins),
@@ -96,7 +96,7 @@ def launched(layer: Layer, query: Tensor, scale: float, configuration: object) -
         skip=view.skip,
         pinned=steps.pinned(layer),
     )
-    sides = (view._stored(key), view._stored(value), steps.exact(key), steps.exact(value))
+    sides = (*steps.stored(layer), steps.exact(key), steps.exact(value))
     return function(query, *sides, call, configuration=configuration)
 
 

@@ -164,7 +164,7 @@ def _continue(layer: Layer, tokens: int) -> None:
         track.exact.ring = track.exact.ring.roll(tokens % track.exact.capacity, dims=2)
     layer.lengths = [length + tokens for length in layer.lengths]
     layer.slots += tokens
-    layer._changed()
+    layer.changed()
 
 
 def _shuffle(track: Track, generator: torch.Generator) -> None:

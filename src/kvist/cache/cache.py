@@ -4,7 +4,6 @@ import copy
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvist.cache import foreign, report
+from kvist.cache.graph import Steps
 from kvist.cache.handle import Handle
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -22,10 +22,6 @@ from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
 from kvist.types import ATTACHED, MOST_TOKENS
-
-if TYPE_CHECKING:
-    from kvist.cache.captured import Steps
-
 
 # Attention that asks a handle for what it needs through torch; flash and flex attention compile, or read memory.
 READS_HANDLES = "sdpa", "eager", None
@@ -74,7 +70,7 @@ class Cache(TransformersCache):
         super().__init__(layers=layers)
         self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
         self._odd_step: Tensor | None = None
-        self.steps: Steps | None = None  # while decode steps are captured, see `captured`
+        self.steps: Steps | None = None  # while decode steps are captured, see `graph`
         self.upcoming: list[int] = []  # the position of each row's next token
         self._begun: foreign.Mark | None = None  # while a forward runs, and after one that did not finish
         self._spoilt = ""  # why the cache cannot go on

@@ -20,8 +20,9 @@ from kvist import stranger
 from kvist.atomic import replacing
 from kvist.cache import foreign
 from kvist.cache.layer import Layer
+from kvist.cache.rows import SlotMap
 from kvist.cache.saved import Header, SavedLayer, SavedTrack, capacity, check, check_numbers, held
-from kvist.cache.track import SlotMap, State, Track
+from kvist.cache.track import State, Track
 from kvist.plan import Recipe
 
 FORMAT = 3

@@ -1,12 +1,8 @@
-"""One attention layer of the cache: a key track and a value track, and what each update does to them.
+"""One attention layer of the cache: transformers' layer protocol over a store.
 
 Order of an update: settle what earlier updates left to be packed, append the new tokens, pack at once those of a long
 update that no crop of up to `HOLD` tokens can reach, and hand out views of what is stored.
 """
-
-import copy
-from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,12 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvist.cache import step
 from kvist.cache.handle import Handle
 from kvist.cache.rows import Rows
-from kvist.cache.track import SlotMap, Track
+from kvist.cache.store import Store
 from kvist.cache.view import View
-from kvist.kernels.choose import choose
-from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan
-from kvist.types import HOLD, Geometry
+from kvist.types import HOLD
 
 
 def _refuse(value: Tensor | None) -> None:
@@ -31,8 +25,8 @@ def _refuse(value: Tensor | None) -> None:
         )
 
 
-class Layer(CacheLayerMixin):
-    """Implements transformers' layer protocol over two tracks. Storage is made on the device of the first keys."""
+class Layer(Store, CacheLayerMixin):
+    """What transformers asks of a layer of a cache; what is stored, and how, is the store's matter."""
 
     is_compileable = False
     is_sliding = False
@@ -40,49 +34,24 @@ class Layer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, page: int, prefill: str, reserve: int, rows: Rows):
-        self.slots = 0
-        super().__init__()
-        self.plan, self.page, self.prefill, self.reserve, self.rows = plan, page, prefill, reserve, rows
-        self.exact: torch.dtype | None = None  # see `Geometry`; set before the first update
-        self.version = 0  # counts changes, so that a view knows when it is out of date
-        self.reset()
+        Store.__init__(self, plan, page, reserve, rows)
+        CacheLayerMixin.__init__(self)
+        self.prefill = prefill
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
-        if self.is_initialized:
-            del self.key, self.value
-        self.is_initialized = False
-        self.slots = self.updates = 0
-        self.settled = True
-        self.version += 1
-        self.counters: Tensor | None = None
-        self.pinned: tuple[list[dict[int, int]], Tensor | None] = [], None  # see `step.pinned`
-        self._skip: Tensor | None = None
-        self._skipped: tuple = ()  # the state that the skip mask was made from
-        self.lengths: list[int] = []
-        self.maps: list[SlotMap] = []
+        self.clear()
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.made
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Whether there is storage is known from the store."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, key_dim = key_states.shape
-        self.shape = Geometry(heads, key_dim, value_states.shape[-1], key_states.dtype, self.exact)
-        self.device, self.dtype = key_states.device, key_states.dtype
-        sides = zip(self.plan.sides, (key_dim, self.shape.value_dim), strict=True)
-        self.key, self.value = (
-            Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device, self.rows)
-            for side, dim in sides
-        )
-        self.request = self.plan.request(self.shape, self.page, self.device)
-        self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
-        self._fit(0)
-        self.is_initialized = True
-
-    def to(self, device: torch.device) -> None:
-        """Move the storage, as a cache loaded from a file must when its model sits on another device."""
-        if device != self.device:
-            for track in self.tracks:
-                track.to(device)
-            self.device, self._skip = device, None
-            self.request = self.plan.request(self.shape, self.page, device)
+        self.make(key_states, value_states)
 
     @property
     def keys(self) -> Handle | None:
@@ -102,41 +71,29 @@ class Layer(CacheLayerMixin):
     def values(self, values: Tensor | None) -> None:
         _refuse(values)
 
-    @property
-    def tracks(self) -> tuple[Track, Track]:
-        return self.key, self.value
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.lengths)
-
-    def behind(self, row: int) -> int:
-        """Tokens of a row behind its sinks."""
-        return max(0, self.lengths[row] - self.plan.sinks)
-
     @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
     @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H, T, D); return keys and values of all slots: tensors where nothing is
         packed, otherwise handles that attention reads packed and anything else reads as dense tensors."""
         batch, _, slots, _ = key_states.shape
-        self._check(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.check(key_states, value_states)
+        if not self.made:
+            self.make(key_states, value_states)
         self.to(key_states.device)
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
         given, kept = (key_states.detach(), value_states.detach()), self.kept(key_states, value_states)
-        if slots == 1 and all(counts) and self._step(*kept):
+        if slots == 1 and all(counts) and step.write(self, kept):
             view = View.after(self)
             return Handle(view, 0), Handle(view, 1)
         self.settle()
         long, empty = max(counts) > HOLD, self.slots == 0
         chunked = long and self.prefill == "exact" and self.plan.packs
         view = View.before(self, *given) if chunked and not empty else None
-        self._append(*kept, columns, counts)
+        self.append(*kept, columns, counts)
         self.slots, self.updates, self.settled = self.slots + slots, self.updates + 1, False
-        self._changed()
+        self.changed()
         if empty and chunked:
             return key_states, value_states
         if empty and not long:
@@ -147,142 +104,14 @@ class Layer(CacheLayerMixin):
         view = view or View.after(self)
         return Handle(view, 0), Handle(view, 1)
 
-    def kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as they are stored while exact. What a narrower type cannot hold goes to its end."""
-        stored = self.shape.stored(self.plan.packs)
-        if keys.dtype == stored:
-            return keys.detach(), values.detach()
-        most = torch.finfo(stored).max
-        if most < torch.finfo(keys.dtype).max:
-            for track, x in zip(self.tracks, (keys, values), strict=True):
-                track.clipped += (x.abs() > most).sum()
-            keys, values = keys.clamp(-most, most), values.clamp(-most, most)
-        return keys.detach().to(stored), values.detach().to(stored)
-
-    def _step(self, keys: Tensor, values: Tensor) -> bool:
-        """Store one token per row in one launch, which also packs what is due; False where no kernel does that."""
-        key, value = self.tracks
-        store = choose(Operation.STORE, self.request).run
-        if store is None or not step.advanceable(self):
-            return False
-        self._fit(self._waiting() + 1)  # before frontiers move: what is packed now is read from the ring
-        due = step.on_device(self, tuple(step.advance(self)), step.DUE)
-        rings, pools = (key.exact.ring, value.exact.ring), (key.pool.arrays, value.pool.arrays)
-        tables = tuple(track.pool.table(self.table_width(track)) for track in self.tracks)
-        constants = tuple(track.codec.constants(self.shape.heads, self.device) for track in self.tracks)
-        clipped = key.clipped, value.clipped
-        store(keys, values, rings, pools, tables, constants, due, self.page, (key.exact.capacity,) * 2, clipped)
-        return True
-
-    def settle(self) -> None:
-        """Pack what the rules allow at the present length. Called before an update; harmless at other times."""
-        if self.settled:
-            return
-        self.settled = True
-        for track in self.tracks if self.plan.packs else ():
-            for rows in self._alike(track):
-                decided, frontier = track.target(rows[0], self.behind(rows[0]), self.updates == 1, self.maps[rows[0]])
-                start = track.states[rows[0]].frontier
-                source = track.exact.get(rows, start, frontier)
-                track.pack(rows, decided, frontier, source, [self.maps[r] for r in rows], settled=True)
-        self._fit(self._waiting(), shrink=True)
-        self._changed()
-
-    def _append(self, keys: Tensor, values: Tensor, columns: list, counts: list[int]) -> None:
-        sinks, maps = self.plan.sinks, self.maps
-        work = []
-        for track, x in zip(self.tracks, (keys, values), strict=True):
-            for rows in self._alike(track, columns):
-                first = rows[0]
-                new = _pick(x, rows, columns[first])
-                old, behind = self.behind(first), max(0, self.lengths[first] + counts[first] - sinks)
-                into_sinks = min(counts[first], max(0, sinks - self.lengths[first]))
-                if into_sinks:
-                    at = self.lengths[first]
-                    track.exact.sinks[rows, :, at : at + into_sinks] = new[:, :, :into_sinks]
-                    new = new[:, :, into_sinks:]
-                decided = frontier = track.states[first].frontier
-                if counts[first] > HOLD and self.plan.packs:
-                    decided, frontier = track.target(first, behind - HOLD, self.updates == 0, maps[first])
-                work.append((track, rows, new, old, behind, decided, frontier))
-        self._fit(max((behind - frontier for *_, behind, _, frontier in work), default=0))
-        for track, rows, new, old, behind, decided, frontier in work:
-            start = track.states[rows[0]].frontier
-            if frontier > start:
-                waiting = track.exact.get(rows, start, min(old, frontier))
-                source = torch.cat([waiting, new[:, :, : frontier - old]], dim=2) if old > start else new
-                track.pack(
-                    rows, decided, frontier, source[:, :, : frontier - start], [maps[r] for r in rows], settled=False
-                )
-            keep = max(old, frontier)
-            if behind > keep:
-                track.exact.put(rows, keep, new[:, :, keep - old :])
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-
-    def _alike(self, track: Track, columns: list | None = None) -> Iterator[list[int]]:
-        """Rows in groups that are in the same state, so that one call serves a whole group."""
-        groups = defaultdict(list)
-        for row, state in enumerate(track.states):
-            new = tuple(columns[row]) if columns else ()
-            groups[self.lengths[row], state.decided, state.frontier, tuple(self.maps[row].runs), new].append(row)
-        return iter(list(groups.values()))
-
-    def _waiting(self) -> int:
-        return max(self.behind(r) - min(t.states[r].frontier for t in self.tracks) for r in range(self.batch_size))
-
-    def _fit(self, waiting: int, shrink: bool = False) -> None:
-        """Rings that hold `waiting` tokens. A window without a bound gives room back when it is less than half used."""
-        capacity, now = self.plan.ring(waiting, self.reserve), self.key.exact.capacity
-        if capacity > now or (shrink and 2 * self.plan.ring(waiting + HOLD, self.reserve) <= now):
-            if capacity < now:
-                capacity = self.plan.ring(waiting + HOLD, self.reserve)
-            for track in self.tracks:
-                track.exact.resize(capacity, track.frontiers, [self.behind(r) for r in range(self.batch_size)])
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last k slots, k given as -k. Up to `HOLD` tokens of the last update leave no trace; deeper, the
-        surviving codes stay, the group they belong to is closed, and a new one starts."""
-        kept = max(0, self.slots - abs(tokens_to_remove))
-        if kept == self.slots or not self.is_initialized:
-            return
-        for row in range(self.batch_size):
-            self.lengths[row] = self.rows.tokens(row, kept)
-            length, maps = self.behind(row), self.maps[row]
-            slots = maps.slot(length)
-            ends = [(track, track.states[row].frontier > length) for track in self.tracks]
-            cut = any(deep and maps.floor(length, track.codec.granule) != length for track, deep in ends)
-            for track, _ in ends:
-                track.crop(row, length, maps, slots)
-            if cut:
-                maps.cut(length, self.plan.granule)
-            elif any(deep for _, deep in ends):
-                maps.forget(length)
-        self.slots = kept
-        self._changed()
-        if not any(self.lengths):
-            self.updates = 0
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        self.select(beam_idx)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i becomes what row indices[i] was."""
-        if not self.is_initialized:
-            return
-        order = indices.tolist()
-        rows = indices.to(self.device)
-        for track in self.tracks:
-            track.select(rows, order)
-        self.lengths = [self.lengths[r] for r in order]
-        self.maps = [SlotMap(self.maps[r].runs) for r in order]
-        self._changed()
+        self.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots + query_length, 0
@@ -299,53 +128,3 @@ class Layer(CacheLayerMixin):
         )
 
     prefetch = offload
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        if keys.shape[:3] != values.shape[:3]:
-            raise ValueError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or tokens: this is "
-                "not ordinary attention (compressed latents?) and kvist does not store it"
-            )
-        if not self.is_initialized:
-            return
-        found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, self.exact)
-        if found != self.shape or keys.shape[0] != self.batch_size:
-            raise ValueError(
-                f"this cache holds a batch of {self.batch_size}, {self.shape}; found {keys.shape[0]}, {found}"
-            )
-
-    def _changed(self) -> None:
-        self.version += 1
-
-    def table_width(self, track: Track) -> int:
-        """Entries per row of a track's page table."""
-        return self.plan.table(max(map(len, track.pool.tables)), self.page, self.reserve)
-
-    def skip(self) -> Tensor | None:
-        """Page slots that the packed read leaves out, (B, width·page) bool: pins and holes. None where none are."""
-        if not (self.plan.pinned or any(len(maps.runs) > 1 for maps in self.maps)):
-            return None
-        width = max(map(self.table_width, self.tracks))
-        pins = [list(track.exact.pins[row]) for track in self.tracks for row in range(self.batch_size)]
-        state = (width, pins, [maps.runs for maps in self.maps])
-        if self._skip is None or state != self._skipped:
-            self._skipped = copy.deepcopy(state)
-            skip = torch.zeros(self.batch_size, width * self.page, dtype=torch.bool)
-            for row, maps in enumerate(self.maps):
-                for start, stop in maps.holes():
-                    skip[row, start:stop] = True
-                pins = {p for track in self.tracks for p in track.exact.pins[row]}
-                if pins:
-                    skip[row, [maps.slot_of(p) for p in pins]] = True
-            self._skip = skip.to(self.device, non_blocking=True)
-        return self._skip
-
-
-def _pick(x: Tensor, rows: list[int], columns: list[tuple[int, int]]) -> Tensor:
-    """Some rows of x (B, H, T, D), and of those the columns that hold tokens."""
-    if len(rows) < x.shape[0]:
-        x = x[rows]
-    if len(columns) == 1:
-        start, count = columns[0]
-        return x[:, :, start : start + count]
-    return torch.cat([x[:, :, start : start + count] for start, count in columns] or [x[:, :, :0]], dim=2)

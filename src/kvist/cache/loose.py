@@ -4,16 +4,13 @@ Softmax attention does not care about order, so the rings are used as they lie; 
 other has not, at most a window of tokens, is decoded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvist.cache.layer import Layer
+from kvist.cache.store import Store
 
 
 class Loose(NamedTuple):
@@ -25,47 +22,47 @@ class Loose(NamedTuple):
     tokens: Tensor
 
 
-def loose(layer: Layer) -> list[Loose]:
+def loose(store: Store) -> list[Loose]:
     """All tokens of a layer but those packed on both sides and not pinned, each once."""
-    parts = [Loose(layer.key.exact.ring, layer.value.exact.ring, _ring_tokens(layer))]
-    odd = [_odd(layer, row) for row in range(layer.batch_size)]
+    parts = [Loose(store.key.exact.ring, store.value.exact.ring, _ring_tokens(store))]
+    odd = [_odd(store, row) for row in range(store.batch_size)]
     if any(odd):
-        parts.append(_fetched(layer, odd))
-    if layer.plan.sinks:
-        numbers = torch.arange(layer.plan.sinks, device=layer.device)
-        lengths = torch.tensor(layer.lengths, device=layer.device).unsqueeze(-1)
+        parts.append(_fetched(store, odd))
+    if store.plan.sinks:
+        numbers = torch.arange(store.plan.sinks, device=store.device)
+        lengths = torch.tensor(store.lengths, device=store.device).unsqueeze(-1)
         tokens = torch.where(numbers < lengths, numbers, -1)
-        parts.append(Loose(layer.key.exact.sinks, layer.value.exact.sinks, tokens))
+        parts.append(Loose(store.key.exact.sinks, store.value.exact.sinks, tokens))
     return parts
 
 
-def _ring_tokens(layer: Layer) -> Tensor:
+def _ring_tokens(store: Store) -> Tensor:
     """Token numbers in the slots of the rings, (B, capacity); -1 where the slot holds none that both sides keep."""
-    capacity, sinks = layer.key.exact.capacity, layer.plan.sinks
-    slots = torch.arange(capacity, device=layer.device)
-    behind = torch.tensor([layer.behind(r) for r in range(layer.batch_size)], device=layer.device).unsqueeze(-1)
-    from_ = [max(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
+    capacity, sinks = store.key.exact.capacity, store.plan.sinks
+    slots = torch.arange(capacity, device=store.device)
+    behind = torch.tensor([store.behind(r) for r in range(store.batch_size)], device=store.device).unsqueeze(-1)
+    from_ = [max(k, v) for k, v in zip(store.key.frontiers, store.value.frontiers, strict=True)]
     positions = behind - 1 - (behind - 1 - slots) % capacity
-    return torch.where(positions >= torch.tensor(from_, device=layer.device).unsqueeze(-1), positions + sinks, -1)
+    return torch.where(positions >= torch.tensor(from_, device=store.device).unsqueeze(-1), positions + sinks, -1)
 
 
-def _odd(layer: Layer, row: int) -> Sequence[int]:
+def _odd(store: Store, row: int) -> Sequence[int]:
     """Positions that are neither packed on both sides nor recent on both: pins, and the span between the frontiers."""
-    low, high = sorted(track.states[row].frontier for track in layer.tracks)
-    pins = {p for track in layer.tracks for p in track.exact.pins[row] if p < low}
+    low, high = sorted(track.states[row].frontier for track in store.tracks)
+    pins = {p for track in store.tracks for p in track.exact.pins[row] if p < low}
     return [*sorted(pins), *range(low, high)] if pins else range(low, high)
 
 
-def _fetched(layer: Layer, odd: list[Sequence[int]]) -> Loose:
+def _fetched(store: Store, odd: list[Sequence[int]]) -> Loose:
     most = max(map(len, odd))
-    tokens = torch.full((len(odd), most), -1, device=layer.device)
+    tokens = torch.full((len(odd), most), -1, device=store.device)
     sides = []
-    for track in layer.tracks:
-        size = (len(odd), layer.shape.heads, most, track.dim)
-        side = torch.zeros(size, dtype=layer.dtype, device=layer.device)
+    for track in store.tracks:
+        size = (len(odd), store.shape.heads, most, track.dim)
+        side = torch.zeros(size, dtype=store.dtype, device=store.device)
         for row, positions in enumerate(odd):
-            side[row, :, : len(positions)] = track.fetch(row, positions, layer.maps[row])
-            tokens[row, : len(positions)] = torch.tensor(positions, device=layer.device) + layer.plan.sinks
+            side[row, :, : len(positions)] = track.fetch(row, positions, store.maps[row])
+            tokens[row, : len(positions)] = torch.tensor(positions, device=store.device) + store.plan.sinks
         sides.append(side)
     keys, values = sides
     return Loose(keys, values, tokens)

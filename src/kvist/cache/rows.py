@@ -121,6 +121,57 @@ class Rows:
         return [runs[-1].position + runs[-1].count if runs else 0 for runs in self.runs]
 
 
+class SlotMap:
+    """From positions of one row to page slots: runs (position, slot), both ascending, slots on whole groups."""
+
+    def __init__(self, runs: Sequence[tuple[int, int]] = ((0, 0),)):
+        self.runs = [tuple(run) for run in runs]
+
+    def slot(self, position: int) -> int:
+        """The slot of a position, or the end slot of a stretch that ends there."""
+        start, slot = next(run for run in reversed(self.runs) if run[0] < position or run[0] == 0)
+        return slot + position - start
+
+    def slot_of(self, position: int) -> int:
+        """The slot that holds the token at a position."""
+        start, slot = next(run for run in reversed(self.runs) if run[0] <= position)
+        return slot + position - start
+
+    def floor(self, position: int, granule: int) -> int:
+        """The last position <= `position` at which a group of `granule` may end."""
+        start = next(run[0] for run in reversed(self.runs) if run[0] <= position)
+        return start + (position - start) // granule * granule
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(start, stop, slot) of positions [start, stop), cut where a new group was started."""
+        found = []
+        for i, (first, slot) in enumerate(self.runs):
+            last = self.runs[i + 1][0] if i + 1 < len(self.runs) else stop
+            a, b = max(first, start), min(last, stop)
+            if b > a:
+                found.append((a, b, slot + a - first))
+        return found
+
+    def cut(self, position: int, granule: int) -> None:
+        """Close the group that `position` falls into, and start a new one for it."""
+        slot = self.slot(position)
+        self.forget(position)
+        if slot % granule and self.runs[-1][0] < position:
+            self.runs.append((position, -(-slot // granule) * granule))
+
+    def forget(self, position: int) -> None:
+        """Drop the runs that start behind `position`."""
+        while self.runs[-1][0] > position:
+            self.runs.pop()
+
+    def holes(self) -> list[tuple[int, int]]:
+        """Slot ranges that hold no token."""
+        return [
+            (slot + after - start, next_slot)
+            for (start, slot), (after, next_slot) in zip(self.runs, self.runs[1:], strict=False)
+        ]
+
+
 def _consecutive(positions: Tensor) -> bool:
     return bool((positions[:, 1:] - positions[:, :-1] == 1).all())
 

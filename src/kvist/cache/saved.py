@@ -13,9 +13,9 @@ import torch
 from pydantic import Field, StrictBool
 from torch import Tensor
 
-from kvist.cache.layer import Layer
-from kvist.cache.rows import Run
-from kvist.cache.track import SlotMap, Track
+from kvist.cache.rows import Run, SlotMap
+from kvist.cache.store import Store
+from kvist.cache.track import Track
 from kvist.plan import Recipe, Side
 from kvist.types import MOST_TOKENS, Geometry, Part, Size
 
@@ -80,33 +80,33 @@ class Header(Part):
         return found
 
 
-def check(layer: Layer, saved: SavedLayer) -> Shapes:
+def check(store: Store, saved: SavedLayer) -> Shapes:
     """Hold a saved layer against an empty one of the same recipe, whose rows are known; returns the arrays that must be
     in the file, by name. Raises ValueError."""
     batch = len(saved.lengths)
     per_row = [saved.maps, *(x for t in saved.tracks for x in (t.states, t.tables, t.pins))]
-    if any(len(rows) != batch for rows in per_row) or batch != layer.rows.batch:
-        raise ValueError(f"its parts are of different numbers of rows, {layer.rows.batch} were stored")
+    if any(len(rows) != batch for rows in per_row) or batch != store.rows.batch:
+        raise ValueError(f"its parts are of different numbers of rows, {store.rows.batch} were stored")
     for row, length in enumerate(saved.lengths):
-        if saved.slots != layer.rows.slots or length != layer.rows.tokens(row, saved.slots):
+        if saved.slots != store.rows.slots or length != store.rows.tokens(row, saved.slots):
             raise ValueError(f"row {row} has {length} tokens in {saved.slots} slots, which is not what was stored")
-        _check_map(saved.maps[row], max(0, length - layer.plan.sinks), layer.plan.granule, row)
-    behind = [max(0, length - layer.plan.sinks) for length in saved.lengths]
+        _check_map(saved.maps[row], max(0, length - store.plan.sinks), store.plan.granule, row)
+    behind = [max(0, length - store.plan.sinks) for length in saved.lengths]
     frontiers = [[frontier for _, frontier in track.states] for track in saved.tracks]
-    for side, track in zip(layer.plan.sides, saved.tracks, strict=True):
-        _check_rows(side, layer, saved, track, behind)
+    for side, track in zip(store.plan.sides, saved.tracks, strict=True):
+        _check_rows(side, store, saved, track, behind)
     waiting = max(n - min(pair) for n, *pair in zip(behind, *frontiers, strict=True))
     sizes = {track.capacity for track in saved.tracks}
-    bound = layer.plan.ring(0, layer.reserve) if _windowed(layer) else None
+    bound = store.plan.ring(0, store.reserve) if _windowed(store) else None
     if len(sizes) > 1 or min(sizes) < waiting or (bound is not None and sizes != {bound}):
         raise ValueError(f"rings of {sorted(sizes)} tokens do not hold the {waiting} that wait")
-    return _arrays(layer, saved, behind)
+    return _arrays(store, saved, behind)
 
 
-def capacity(layer: Layer, saved: SavedLayer, waiting: int) -> int:
+def capacity(store: Store, saved: SavedLayer, waiting: int) -> int:
     """Tokens of each ring: those of the file, but not more than the next update would keep of it."""
-    most = 2 * layer.plan.ring(waiting, layer.reserve)
-    return saved.tracks[0].capacity if _windowed(layer) else min(saved.tracks[0].capacity, most)
+    most = 2 * store.plan.ring(waiting, store.reserve)
+    return saved.tracks[0].capacity if _windowed(store) else min(saved.tracks[0].capacity, most)
 
 
 def check_numbers(track: Track, tensors: dict[str, Tensor]) -> None:
@@ -137,8 +137,8 @@ def held(track: Track, maps: Sequence[SlotMap], pages: Sequence[int]) -> Tensor:
     return mask
 
 
-def _windowed(layer: Layer) -> bool:
-    return all(side.window() is not None for side in layer.plan.sides)
+def _windowed(store: Store) -> bool:
+    return all(side.window() is not None for side in store.plan.sides)
 
 
 def _check_map(runs: Pairs, behind: int, granule: int, row: int) -> None:
@@ -151,14 +151,14 @@ def _check_map(runs: Pairs, behind: int, granule: int, row: int) -> None:
         raise ValueError(f"row {row} has slots for tokens that it does not hold")
 
 
-def _check_rows(side: Side, layer: Layer, saved: SavedLayer, track: SavedTrack, behind: list[int]) -> None:
+def _check_rows(side: Side, store: Store, saved: SavedLayer, track: SavedTrack, behind: list[int]) -> None:
     most = side.retention.most_pins
     for row, ((decided, frontier), table, pins) in enumerate(zip(track.states, track.tables, track.pins, strict=True)):
         maps = SlotMap(saved.maps[row])
         ends_group = frontier == 0 or maps.floor(frontier, side.codec.granule) == frontier
-        if max(decided, frontier) > behind[row] or not ends_group or (frontier and not layer.plan.packs):
+        if max(decided, frontier) > behind[row] or not ends_group or (frontier and not store.plan.packs):
             raise ValueError(f"row {row} of {behind[row]} tokens cannot be packed up to {frontier}")
-        if len(table) != -(-maps.slot(frontier) // layer.page) or len(set(table)) != len(table):
+        if len(table) != -(-maps.slot(frontier) // store.page) or len(set(table)) != len(table):
             raise ValueError(f"row {row} has {len(table)} pages for {frontier} packed tokens")
         positions, places = [p for p, _ in pins], [place for _, place in pins]
         twice = len(set(places)) != len(places) or any(a >= b for a, b in pairwise(positions))
@@ -169,8 +169,8 @@ def _check_rows(side: Side, layer: Layer, saved: SavedLayer, track: SavedTrack, 
         raise ValueError(f"its {len(used)} pages are not numbered one by one")
 
 
-def _arrays(layer: Layer, saved: SavedLayer, behind: list[int]) -> Shapes:
-    shape, batch, plan = saved.geometry, len(saved.lengths), layer.plan
+def _arrays(store: Store, saved: SavedLayer, behind: list[int]) -> Shapes:
+    shape, batch, plan = saved.geometry, len(saved.lengths), store.plan
     found: Shapes = {}
     for name, side, track, dim in zip(
         ("key.", "value."), plan.sides, saved.tracks, (shape.key_dim, shape.value_dim), strict=True
@@ -181,5 +181,5 @@ def _arrays(layer: Layer, saved: SavedLayer, behind: list[int]) -> Shapes:
         pages = len({page for table in track.tables for page in table})
         specs = side.codec.layout(shape.heads, dim, shape.dtype) if plan.packs else {}
         for array, spec in specs.items():
-            found[f"{name}pages.{array}"] = ((pages, *spec.page_shape(shape.heads, layer.page)), spec.dtype)
+            found[f"{name}pages.{array}"] = ((pages, *spec.page_shape(shape.heads, store.page)), spec.dtype)
     return found

@@ -6,6 +6,7 @@ surviving codes stay, the group is closed, and the next token starts a new one (
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,64 +14,13 @@ from torch import Tensor
 
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
-from kvist.cache.rows import Rows
+from kvist.cache.rows import Rows, SlotMap
 from kvist.kernels.choose import coder
 from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan, Side
 from kvist.types import Geometry
 
 TILE = 1 << 18  # elements that are encoded at a time: their fp32 copies fit a core's L2 cache
-
-
-class SlotMap:
-    """From positions of one row to page slots: runs (position, slot), both ascending, slots on whole groups."""
-
-    def __init__(self, runs: Sequence[tuple[int, int]] = ((0, 0),)):
-        self.runs = [tuple(run) for run in runs]
-
-    def slot(self, position: int) -> int:
-        """The slot of a position, or the end slot of a stretch that ends there."""
-        start, slot = next(run for run in reversed(self.runs) if run[0] < position or run[0] == 0)
-        return slot + position - start
-
-    def slot_of(self, position: int) -> int:
-        """The slot that holds the token at a position."""
-        start, slot = next(run for run in reversed(self.runs) if run[0] <= position)
-        return slot + position - start
-
-    def floor(self, position: int, granule: int) -> int:
-        """The last position <= `position` at which a group of `granule` may end."""
-        start = next(run[0] for run in reversed(self.runs) if run[0] <= position)
-        return start + (position - start) // granule * granule
-
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(start, stop, slot) of positions [start, stop), cut where a new group was started."""
-        found = []
-        for i, (first, slot) in enumerate(self.runs):
-            last = self.runs[i + 1][0] if i + 1 < len(self.runs) else stop
-            a, b = max(first, start), min(last, stop)
-            if b > a:
-                found.append((a, b, slot + a - first))
-        return found
-
-    def cut(self, position: int, granule: int) -> None:
-        """Close the group that `position` falls into, and start a new one for it."""
-        slot = self.slot(position)
-        self.forget(position)
-        if slot % granule and self.runs[-1][0] < position:
-            self.runs.append((position, -(-slot // granule) * granule))
-
-    def forget(self, position: int) -> None:
-        """Drop the runs that start behind `position`."""
-        while self.runs[-1][0] > position:
-            self.runs.pop()
-
-    def holes(self) -> list[tuple[int, int]]:
-        """Slot ranges that hold no token."""
-        return [
-            (slot + after - start, next_slot)
-            for (start, slot), (after, next_slot) in zip(self.runs, self.runs[1:], strict=False)
-        ]
 
 
 @dataclass
@@ -115,8 +65,8 @@ class Track:
     def target(self, row: int, length: int, prompt: bool, maps: SlotMap) -> tuple[int, int]:
         """What the rule decides at `length` tokens behind the sinks, and the frontier that follows from it."""
         state = self.states[row]
-        decided = self.rule.advance(state.decided, length, prompt) if length > 0 else state.decided
-        return decided, max(state.frontier, maps.floor(decided, self.codec.granule))
+        floor = partial(maps.floor, granule=self.codec.granule)
+        return self.side.target(state.decided, state.frontier, length, prompt, floor)
 
     def pack(
         self, rows: Sequence[int], decided: int, frontier: int, source: Tensor, maps: Sequence[SlotMap], settled: bool
@@ -125,7 +75,7 @@ class Track:
         start = self.states[rows[0]].frontier
         if frontier > start:
             pieces = [slots.pieces(start, frontier) for slots in maps]
-            self._grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
+            self.grow(rows, [p[0][2] for p in pieces], [p[-1][2] + p[-1][1] - p[-1][0] for p in pieces])
             for piece in zip(*pieces, strict=True):
                 part = source[:, :, piece[0][0] - start : piece[0][1] - start]
                 self._encode(rows, part, [slot for _, _, slot in piece], self._at(rows, range(*piece[0][:2])))
@@ -138,7 +88,7 @@ class Track:
             if settled:
                 self.states[row].decided = decided
 
-    def _grow(self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> None:
+    def grow(self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> None:
         need = self.pool.in_use
         for row, start, stop in zip(rows, starts, stops, strict=True):
             need += self.pool.missing(row, stop) + self.pool.shared_tail(row, start)

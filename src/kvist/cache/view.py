@@ -7,21 +7,17 @@ with the context; only `dense`, the way for strangers, builds the whole tensor.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvist.cache import step
-from kvist.cache.look import QUERIES, Look, attend_tiled
 from kvist.cache.loose import Loose, loose
+from kvist.cache.store import Store
+from kvist.cache.visible import QUERIES, Look, attend_tiled
 from kvist.kernels.choose import choose
-from kvist.kernels.contract import Decode, Operation, Partial, Request, Stored
+from kvist.kernels.contract import Decode, Operation, Partial, Request
 from kvist.kernels.reference.attend import merge
-
-if TYPE_CHECKING:
-    from kvist.cache.layer import Layer
-    from kvist.cache.track import Track
 
 CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in a decode step
 PROMPT_TILE = 1 << 18
@@ -42,43 +38,43 @@ class Undifferentiated(torch.autograd.Function):
 class View:
     """See the module. `limits`: per row, the packed slots that both sides have."""
 
-    def __init__(self, layer: Layer, chunk: tuple[Tensor, Tensor] | None, slots: int):
-        self.layer, self.chunk, self.slots = layer, chunk, slots
-        self.rows, self.dtype, self.device = layer.rows, layer.dtype, layer.device
+    def __init__(self, store: Store, chunk: tuple[Tensor, Tensor] | None, slots: int):
+        self.store, self.chunk, self.slots = store, chunk, slots
+        self.rows, self.dtype, self.device = store.rows, store.dtype, store.device
         self.past = slots - (chunk[0].shape[2] if chunk else 0)
-        self.lengths = list(layer.lengths)
-        self.maps = layer.maps
-        self.both = [min(k, v) for k, v in zip(layer.key.frontiers, layer.value.frontiers, strict=True)]
-        self.limits = [maps.slot(p) for maps, p in zip(layer.maps, self.both, strict=True)]
-        self.skip = layer.skip()
+        self.lengths = list(store.lengths)
+        self.maps = store.maps
+        self.both = [min(k, v) for k, v in zip(store.key.frontiers, store.value.frontiers, strict=True)]
+        self.limits = [maps.slot(p) for maps, p in zip(store.maps, self.both, strict=True)]
+        self.skip = store.skip()
         self._loose: list[Loose] | None = None
         if chunk:  # the append that follows writes into the rings
-            self._loose = [Loose(*(x.clone() for x in part)) for part in loose(layer)]
-        self._version = layer.version + (1 if chunk else 0)
+            self._loose = [Loose(*(x.clone() for x in part)) for part in loose(store)]
+        self._version = store.version + (1 if chunk else 0)
 
     @classmethod
-    def before(cls, layer: Layer, keys: Tensor, values: Tensor) -> View:
+    def before(cls, store: Store, keys: Tensor, values: Tensor) -> View:
         """The layer as it is, and a chunk that is about to be appended and is to be seen exact."""
-        return cls(layer, (keys, values), layer.slots + keys.shape[2])
+        return cls(store, (keys, values), store.slots + keys.shape[2])
 
     @classmethod
-    def after(cls, layer: Layer) -> View:
+    def after(cls, store: Store) -> View:
         """The layer as it is stored."""
-        return cls(layer, None, layer.slots)
+        return cls(store, None, store.slots)
 
     def shape(self, side: int) -> tuple[int, int, int, int]:
-        shape = self.layer.shape
+        shape = self.store.shape
         return len(self.lengths), shape.heads, self.slots, (shape.key_dim, shape.value_dim)[side]
 
     def _check(self) -> None:
-        if self._version != self.layer.version:
+        if self._version != self.store.version:
             raise RuntimeError("this view of the cache is out of date: the cache was changed after it was handed out")
 
     @property
     def loose(self) -> list[Loose]:
         self._check()
         if self._loose is None:
-            self._loose = loose(self.layer)
+            self._loose = loose(self.store)
         return self._loose
 
     def attend(
@@ -106,30 +102,29 @@ class View:
 
     def _step(self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor | None:
         """Causal attention in one launch; None where no kernel serves it."""
-        layer, origins = self.layer, self._origins()
+        store, origins = self.store, self.origins()
         fast = choose(Operation.STEP, self._request(query, origins)).run
         if fast is None or origins is None:
             return None
         self._check()
-        key, value = layer.tracks
         call = Decode(
-            state=step.state(layer, origins),
-            counters=step.counters(layer, query.shape[1], query.shape[2]),
-            page=layer.page,
+            state=step.state(store, origins),
+            counters=step.counters(store, query.shape[1], query.shape[2]),
+            page=store.page,
             scale=scale,
             softcap=softcap,
             skip=self.skip,
-            pinned=step.pinned(layer),
+            pinned=step.pinned(store),
             sink=sink,
         )
-        return fast(query, self._stored(key), self._stored(value), step.exact(key), step.exact(value), call)
+        return fast(query, *step.stored(store), *map(step.exact, store.tracks), call)
 
     def _request(self, query: Tensor, origins: list[int] | None, look: Look | None = None) -> Request:
         """What is asked of kernels: the layer, queries, and what `look` hides from them."""
         return replace(
-            self.layer.request,
+            self.store.request,
             batch=query.shape[0],
-            group=query.shape[1] // self.layer.shape.heads,
+            group=query.shape[1] // self.store.shape.heads,
             queries=query.shape[2],
             dtype=query.dtype,
             gaps=any(len(maps.runs) > 1 for maps in self.maps),
@@ -172,55 +167,51 @@ class View:
         return torch.stack(ends) - 1
 
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
-        key, value = self.layer.key, self.layer.value
-        q, origins = key.codec.transform.forward(q) if key.codec.transform.fixed else q, self._origins()
+        key, value = self.store.key, self.store.value
+        q, origins = key.codec.transform.forward(q) if key.codec.transform.fixed else q, self.origins()
         fast = choose(Operation.PAGES, self._request(q, origins, look)).run
         if fast is not None:
-            stored = (self._stored(track) for track in self.layer.tracks)
+            stored = step.stored(self.store)
             origins = None if key.codec.transform.fixed else origins
-            part = fast(q, *stored, self.limits, self.skip, self.layer.page, look.scale, look.softcap, origins)
+            part = fast(q, *stored, self.limits, self.skip, self.store.page, look.scale, look.softcap, origins)
         else:
             part = self._packed_tiles(q, look)
         return Partial(value.codec.transform.inverse(part.out), part.lse)
 
-    def _stored(self, track: Track) -> Stored:
-        constants = track.codec.constants(self.layer.shape.heads, self.device)
-        return Stored(track.pool.arrays, track.pool.table(self.layer.table_width(track)), constants)
-
-    def _origins(self) -> list[int] | None:
+    def origins(self) -> list[int] | None:
         """The position of page slot 0 of each row, where that of slot i is i more; None where it is not so. Zeros where
         nobody asks."""
-        if self.layer.key.codec.transform.fixed:
+        if self.store.key.codec.transform.fixed:
             return [0] * len(self.lengths)
         shifts = [self.rows.shift(row) for row in range(len(self.lengths))]
         if any(len(maps.runs) > 1 for maps in self.maps):
             return None
-        found = [shift + self.layer.plan.sinks for shift in shifts if shift is not None]
+        found = [shift + self.store.plan.sinks for shift in shifts if shift is not None]
         return found if len(found) == len(shifts) else None
 
     def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
         """The reference: decode some pages, attend, merge."""
-        value_dim = self.layer.shape.value_dim
+        value_dim = self.store.shape.value_dim
         running = Partial(q.new_zeros(*q.shape[:3], value_dim), q.new_full(q.shape[:3], -torch.inf))
-        for keys, values, tokens in self._tiles(q.shape[2]):
+        for keys, values, tokens in self.tiles(q.shape[2]):
             running = merge([running, attend_tiled(q, keys, values, tokens, look)])
         return running
 
-    def _tiles(self, queries: int):
+    def tiles(self, queries: int):
         """Keys and values (fp32, transformed space) of some pages of all rows, and their token numbers (-1: none)."""
-        layer = self.layer
+        store = self.store
         budget = PROMPT_TILE if queries > 1 else CPU_TILE if self.device.type == "cpu" else GPU_TILE
-        shape = layer.shape
-        step = max(1, budget // (layer.page * shape.heads * max(shape.key_dim, shape.value_dim) * len(self.lengths)))
-        pages = -(-max(self.limits) // layer.page)
-        tables = [track.pool.table(layer.table_width(track)) for track in layer.tracks]
+        shape = store.shape
+        step = max(1, budget // (store.page * shape.heads * max(shape.key_dim, shape.value_dim) * len(self.lengths)))
+        pages = -(-max(self.limits) // store.page)
+        tables = step.tables(store)
         for first in range(0, pages, step):
             last = min(first + step, pages)
-            tokens = self._tokens(first * layer.page, last * layer.page)
+            tokens = self._tokens(first * store.page, last * store.page)
             at = torch.stack([self.rows.positions(row, line) for row, line in enumerate(tokens)])
             keys, values = (
                 track.codec.decode(track.pool.gather(table[:, first:last]), at, inverse=False)
-                for track, table in zip(layer.tracks, tables, strict=True)
+                for track, table in zip(store.tracks, tables, strict=True)
             )
             yield keys, values, tokens
 
@@ -238,7 +229,7 @@ class View:
                 tokens[row] = torch.where(here, slots + shift, tokens[row])
         if self.skip is not None:
             tokens = tokens.masked_fill(self.skip[:, start:stop], -1)
-        return torch.where(tokens >= 0, tokens + self.layer.plan.sinks, -1)
+        return torch.where(tokens >= 0, tokens + self.store.plan.sinks, -1)
 
     def _chunk_part(self, q: Tensor, look: Look) -> Partial:
         assert self.chunk is not None
@@ -261,11 +252,11 @@ class View:
     def dense(self, side: int) -> Tensor:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
         if self._exactly_ring():
-            return self.layer.tracks[side].exact.ring[:, :, : self.slots]
+            return self.store.tracks[side].exact.ring[:, :, : self.slots]
         parts = self.loose
         out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
-        codec = self.layer.tracks[side].codec
-        for *sides, tokens in self._tiles(PROMPT_TILE) if any(self.limits) else ():
+        codec = self.store.tracks[side].codec
+        for *sides, tokens in self.tiles(PROMPT_TILE) if any(self.limits) else ():
             x = sides[side]
             self._place(out, codec.transform.inverse(x) if codec.transform.fixed else x, tokens)
         for part in parts:
@@ -278,7 +269,7 @@ class View:
         return out
 
     def _exactly_ring(self) -> bool:
-        return not self.layer.plan.packs and not self.layer.plan.sinks and self.rows.dense(self.slots)
+        return not self.store.plan.packs and not self.store.plan.sinks and self.rows.dense(self.slots)
 
     def _place(self, out: Tensor, x: Tensor, tokens: Tensor) -> None:
         for row in range(tokens.shape[0]):

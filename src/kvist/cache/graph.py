@@ -6,33 +6,29 @@ kernels read, and the same launches serve every step. What a replay cannot do is
 steps at the start; new pages enter the tables; pins, which change once per window, are copied.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvist.cache import step
 from kvist.cache.handle import Handle
+from kvist.cache.rows import Rows
+from kvist.cache.store import Store
+from kvist.cache.track import Track
 from kvist.kernels.choose import choose
 from kvist.kernels.contract import Decode, Operation, Request, Stored
 
-if TYPE_CHECKING:
-    from kvist.cache.cache import Cache
-    from kvist.cache.layer import Layer
-    from kvist.cache.track import Track
-
 
 class Steps:
-    """All layers of a cache, one token per row and call. `room`: tokens that may come."""
+    """All layers of a cache, one token per row and call. rows: of that cache; room: tokens that may come."""
 
     @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
     @torch.no_grad()
-    def __init__(self, cache: Cache, room: int):
-        self.cache, self.left, self.storing = cache, room, False
-        layers = cache.ours
+    def __init__(self, layers: Sequence[Store], rows: Rows, room: int):
+        self.rows, self.left, self.storing = rows, room, False
         for layer in layers:
             _check(layer)
         most = [_make_room(layer, room) for layer in layers]
@@ -41,9 +37,8 @@ class Steps:
         self.numbers = torch.zeros(len(layers), width, dtype=torch.int32, device=first.device)
         self.layers = {id(layer): CapturedLayer(layer, self.numbers[i], most[i]) for i, layer in enumerate(layers)}
         self._send([layer.idle() for layer in self.layers.values()])
-        cache.steps = self
 
-    def update(self, layer: Layer, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
+    def update(self, layer: Store, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """What `layer` does with a step's keys and values."""
         if not self.storing or keys.shape[2] != 1:
             raise ValueError("decode steps of this cache are captured: take steps, or close() before other calls")
@@ -56,16 +51,12 @@ class Steps:
         if not self.left:
             raise ValueError("there is no room for another step; capture again with more tokens")
         self.left -= 1
-        self.cache.rows.extend(self.cache.rows.batch, 1, None)
+        self.rows.extend(self.rows.batch, 1, None)
         self._send([layer.advance() for layer in self.layers.values()])
 
     def _send(self, numbers: list) -> None:
         """In one copy; from pageable memory, which is read before the call returns, so that nobody waits."""
         self.numbers.copy_(torch.tensor(numbers, dtype=torch.int32), non_blocking=True)
-
-    def close(self) -> None:
-        """Give the cache back to ordinary updates."""
-        self.cache.steps = None
 
 
 class CapturedLayer:
@@ -74,16 +65,15 @@ class CapturedLayer:
     It is also the view that its handles read. `numbers` (B·14,) int32 is its part of what `Steps` sends.
     """
 
-    def __init__(self, layer: Layer, numbers: Tensor, most: tuple[int, int]):
+    def __init__(self, layer: Store, numbers: Tensor, most: tuple[int, int]):
         self.layer, self.most = layer, most
         self.due, self.state = (
             x.view(layer.batch_size, -1)
             for x in numbers.split_with_sizes([layer.batch_size * step.DUE, layer.batch_size * step.STATE])
         )
         self.dtype, self.device = layer.dtype, layer.device
-        self._store = choose(Operation.STORE, layer.request).run
-        self.tables = [track.pool.table(layer.table_width(track)).clone() for track in layer.tracks]
-        self.constants = [track.codec.constants(layer.shape.heads, layer.device) for track in layer.tracks]
+        self.tables = tuple(table.clone() for table in step.tables(layer))
+        self.constants = step.constants(layer)
         self._marks = layer.skip(), step.pinned(layer)  # what the layer said last
         self.skip, self.pinned = (None if x is None else x.clone() for x in self._marks)
         shifts = (layer.rows.shift(row) or 0 for row in range(layer.batch_size))
@@ -129,19 +119,7 @@ class CapturedLayer:
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """Store a step's keys and values (B, H, 1, D), pack what `advance` said; handles of what is stored then."""
-        tracks, store = self.layer.tracks, self._store
-        assert store is not None  # `_check` saw to it
-        store(
-            *self.layer.kept(keys, values),
-            tuple(track.exact.ring for track in tracks),
-            tuple(track.pool.arrays for track in tracks),
-            tuple(self.tables),
-            tuple(self.constants),
-            self.due,
-            self.layer.page,
-            self.most,
-            tuple(track.clipped for track in tracks),
-        )
+        step.launch(self.layer, (keys, values), self.tables, self.constants, self.due, self.most)
         return Handle(self, 0), Handle(self, 1)
 
     def attend(self, query: Tensor, scale: float, *, mask=None, causal=True, softcap=None, sink=None) -> Tensor:
@@ -162,12 +140,12 @@ class CapturedLayer:
         return choice.run(query, *sides, *map(step.exact, layer.tracks), call)
 
 
-def _request(layer: Layer) -> Request:
+def _request(layer: Store) -> Request:
     gaps = any(len(maps.runs) > 1 for maps in layer.maps)
     return replace(layer.request, batch=layer.batch_size, gaps=gaps)
 
 
-def _check(layer: Layer) -> None:
+def _check(layer: Store) -> None:
     """Refuse what only ordinary updates can do."""
     request = _request(layer)
     reasons = [reason for what in (Operation.STEP, Operation.STORE) for reason in choose(what, request).reasons]
@@ -181,19 +159,20 @@ def _check(layer: Layer) -> None:
         raise ValueError(f"decode steps of this cache cannot be captured: {'; '.join(dict.fromkeys(reasons))}")
 
 
-def _ahead(track: Track, layer: Layer, row: int, room: int) -> tuple[int, int, int]:
+def _ahead(track: Track, layer: Store, row: int, room: int) -> tuple[int, int, int]:
     """The frontier of a row after `room` more tokens, the most that wait on the way, and the most packed at once."""
     state, length = track.states[row], layer.behind(row)
     decided, frontier, waiting, packed = state.decided, state.frontier, 0, 0
     for n in range(length + layer.settled, length + room + 1):  # a rule may not be asked twice at one length
-        decided = track.rule.advance(decided, n, layer.updates == 1 and n == length)
-        new = max(frontier, layer.maps[row].floor(decided, track.codec.granule))
+        floor = partial(layer.maps[row].floor, granule=track.codec.granule)
+        prompt = layer.updates == 1 and n == length
+        decided, new = track.side.target(decided, frontier, n, prompt, floor)
         waiting = max(waiting, n + 1 - frontier)  # what is packed is read from the ring in the launch that adds a token
         frontier, packed = new, max(packed, new - frontier)
     return frontier, waiting, packed
 
 
-def _make_room(layer: Layer, room: int) -> tuple[int, int]:
+def _make_room(layer: Store, room: int) -> tuple[int, int]:
     """Pools, page tables and rings that `room` more tokens do not outgrow; the most tokens that a step packs of keys
     and of values."""
     rows, ahead = range(layer.batch_size), []
@@ -204,6 +183,6 @@ def _make_room(layer: Layer, room: int) -> tuple[int, int]:
         shared = sum(track.pool.shared_tail(row, track.states[row].frontier) for row in rows)
         track.pool.resize(track.pool.in_use + more + shared)
     layer.reserve = max(layer.reserve, max(layer.lengths) + room)
-    layer._fit(max(waiting for found in ahead for _, waiting, _ in found))
+    layer.fit(max(waiting for found in ahead for _, waiting, _ in found))
     keys, values = (max(packed for _, _, packed in found) for found in ahead)
     return keys, values
