@@ -1,3 +1,5 @@
+from kvist.cache import visible
+
 """What attention allocates: nothing that grows with what is stored. Read from the profiler's allocation events."""
 
 import pytest

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import Decode, Exact, Stored, Traits
-from kvist.kernels.cuda.serves import TYPES
 from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).parent
@@ -21,6 +20,8 @@ HEADERS = tuple(f"{name}.cuh" for name in ("packed", "deal", "exact", "page", "c
 STATIC = 7 << 10  # bytes of shared memory of a block beside its rings, at most, and what the device takes itself
 MULTIPROCESSOR = 227 << 10  # bytes of shared memory of a multiprocessor, as sm_90 and sm_100 have
 MOST_SPAN = 6 << 10  # bytes: what two stages of 16 warps leave room for
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tuning(NamedTuple):

@@ -1,18 +1,16 @@
-"""What the CUDA kernel serves, and why not. Loads its host side only for what is served."""
+"""What the CUDA kernel serves, and why not."""
 
 import importlib.util
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from kvist.kernels.contract import MOST_CELLS, MOST_QUERIES, Operation, Request
+from kvist.kernels.cuda.attend import TYPES, decode
 
 BITS = (1, 2, 3, 4, 8)
 GROUPS = (32, 64, 128)  # tokens or channels that share a range
 DIMS = (64, 128)
 ROWS = 8  # query rows per KV head: the width of a tensor core's tile
-TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unserved(operation: Operation, request: Request) -> tuple[str, ...]:
@@ -74,6 +72,4 @@ def _called(request: Request) -> list[str]:
 
 def implementation(operation: Operation, request: Request) -> Callable:
     """What runs, for a request that is served."""
-    from kvist.kernels.cuda.attend import decode
-
     return partial(decode, *request.sides)
