@@ -53,7 +53,7 @@ def test_files(folder):
     (folder / "bad.txt").write_bytes(b"\xff\xfe\xfd")
     (folder / "empty.txt").write_text(" \n<|endoftext|>\n")
     for name, words in (
-        ("bad.txt.xz", "not an xz"),
+        ("bad.txt.xz", "no xz file"),
         ("bad.txt", "UTF-8"),
         ("no.txt", "No such"),
         ("empty.txt", "no text"),
