@@ -45,6 +45,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=int(os.environ.get("KVIST_STRANGERS", STRANGERS)),
         help="changed files that are opened, over all doors; may be a million (also: KVIST_STRANGERS)",
     )
+    parser.addoption(
+        "--families",
+        default="some",
+        choices=("some", "all"),
+        help="families of models that the sweep runs: one of each kind, or all that transformers has, with their table",
+    )
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The sweep's table, where all of it ran."""
+    if terminalreporter.config.getoption("--families") != "all":
+        return
+    done = [report for name in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(name, [])]
+    rows = [str(value) for report in done for key, value in report.user_properties if key == "row"]
+    for line in ("| family | what is done: what becomes of it |", "|:--|:--|", *sorted(rows)):
+        terminalreporter.write_line(line)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,5 +1,3 @@
-from kvist.cache import visible
-
 """What attention allocates: nothing that grows with what is stored. Read from the profiler's allocation events."""
 
 import pytest
@@ -10,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import kvist
+from kvist.cache import visible
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
 from kvist.models.compat import cache_argument
