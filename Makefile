@@ -7,7 +7,7 @@ JOBS ?= 2
 # What older processors are, to torch and to numba; without NUMBA_CPU_FEATURES numba adds those of this one.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
 BASELINE := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
-NUMERICAL ?= -m numerical
+NUMERICAL ?= -m numerical tests/cache tests/coding tests/kernels
 
 .PHONY: demo test narrow lint types bench gpu newest clean
 

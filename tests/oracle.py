@@ -184,7 +184,8 @@ class OracleLayer(CacheLayerMixin):
         for row in self.rows:
             for stream in row.streams:
                 stream.apply(stream.behind(), self.updates == 1, row.starts, final=True)
-        past = self.read()
+        long = self.parent.prefill == "exact" and max(map(sum, new)) > HELD
+        past = self.read() if long else ()
         for i, row in enumerate(self.rows):
             row.real += new[i]
             for stream, x in zip(row.streams, given, strict=True):
@@ -195,23 +196,24 @@ class OracleLayer(CacheLayerMixin):
                 if sum(new[i]) > HELD:
                     stream.apply(stream.behind() - HELD, self.updates == 0, row.starts, final=False)
         self.updates, self.slots = self.updates + 1, self.slots + key_states.shape[2]
-        if self.parent.prefill == "exact" and max(map(sum, new)) > HELD:
+        if long:
             seen = torch.tensor(new)[:, None, :, None]
             return tuple(torch.cat([p, x.masked_fill(~seen, 0)], 2) for p, x in zip(past, given, strict=True))
         return self.read()
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, (B, H, slots, D), zeros at padding."""
-        sides = []
-        for side in (0, 1):
-            rows = []
-            for row in self.rows:
-                tokens = row.streams[side].read()
-                full = tokens.new_zeros(tokens.shape[0], len(row.real), tokens.shape[2])
-                full[:, torch.tensor(row.real, dtype=torch.bool)] = tokens
-                rows.append(full)
-            sides.append(torch.stack(rows))
-        return tuple(sides)
+        sides = [[], []]
+        for row in self.rows:
+            real = torch.tensor(row.real, dtype=torch.bool)
+            for stream, rows in zip(row.streams, sides, strict=True):
+                tokens = stream.read()
+                if len(row.real) > tokens.shape[1]:  # there is padding
+                    full = tokens.new_zeros(tokens.shape[0], len(row.real), tokens.shape[2])
+                    full[:, real] = tokens
+                    tokens = full
+                rows.append(tokens)
+        return torch.stack(sides[0]), torch.stack(sides[1])
 
     def misturned(self) -> Tensor:
         """The angles by which packed keys would be turned further had no product of a position and a frequency been

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from kvist.models.compat import cache_argument
 ROUGH = (14, 13, 12, 11)  # significant bits of the oracle's rough runs, of fp32's 24
 MARGIN = 4
 NEAR = 16  # times what one rounding of each number does: 6 is the most that was seen, on three instruction sets
-WAYS = ("attached", "sdpa", "eager")
 
 
 class Shadow(kvist.Cache):
@@ -145,27 +145,35 @@ class Spoken(NamedTuple):
 Run = Callable[[object, object], Spoken]
 
 
-def compare(run: Run, recipe, way: str = "attached", mask: Tensor | None = None, layers: int = 2) -> None:
-    """`run(model, cache)` says the same over kvist's cache, oracle at its side, as over the oracle alone.
+def compare(run: Run, recipe, *ways: str, mask: Tensor | None = None, layers: int = 2) -> None:
+    """`run(model, cache)` says the same over kvist's cache, oracle at its side, as over the oracle alone; `ways`
+    are some of "attached" (when none is given), "sdpa" and "eager".
 
     Each attention is held to fp32's rounding. From layer to layer rounding can tip a code over to its neighbour, so for
     logits the budget is MARGIN times what the oracle's own move when its keys and values are rounded to ROUGH bits.
     Which codes are near enough to tip depends on the processor's sums: a rough run may tip none where ours tips one, so
     that the next rougher one is asked before it is an error.
     """
-    model = tiny_llama("eager" if way == "eager" else "sdpa", layers)
-    with torch.no_grad():
-        shadow = Shadow(model, recipe, mask)
-        with kvist.attach(model) if way == "attached" else nullcontext(), shadow.watching():
-            found = run(model, shadow)
-        assert shadow.checked
-        assert shadow.attended or way != "attached" or not recipe.layers[0].packs
-        assert not (shadow.attended and way == "eager")
-        wanted = run(model, OracleCache(recipe, layers, mask, model=model))
-        shadow.close()
-        agree(found, wanted, (run(model, OracleCache(recipe, layers, mask, bits, model)) for bits in ROUGH))
-    if recipe.name == "exact":
-        assert torch.equal(found.tokens, wanted.tokens)
+
+    @cache
+    def alone(attention: str, bits: int | None = None) -> Spoken:
+        model = tiny_llama(attention, layers)
+        return run(model, OracleCache(recipe, layers, mask, bits, model))
+
+    for way in ways or ("attached",):
+        attention = "eager" if way == "eager" else "sdpa"
+        model = tiny_llama(attention, layers)
+        with torch.no_grad():
+            shadow = Shadow(model, recipe, mask)
+            with kvist.attach(model) if way == "attached" else nullcontext(), shadow.watching():
+                found = run(model, shadow)
+            assert shadow.checked
+            assert shadow.attended or way != "attached" or not recipe.layers[0].packs
+            assert not (shadow.attended and way == "eager")
+            shadow.close()
+            agree(found, alone(attention), (alone(attention, bits) for bits in ROUGH))
+        if recipe.name == "exact":
+            assert torch.equal(found.tokens, alone(attention).tokens)
 
 
 def agree(found: Spoken, wanted: Spoken, rough_runs: Iterable[Spoken]) -> None:

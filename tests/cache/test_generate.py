@@ -5,27 +5,35 @@ import torch
 from cases import CASES, EACH, recipe
 from models_tiny import padded, tiny_llama, unpadded
 from oracle import OracleCache
-from shadow import ROUGH, WAYS, Shadow, agree, compare, generating
+from shadow import ROUGH, Shadow, agree, compare, generating
 
 import kvist
 
 NEW = 40
-MATRIX = [(text, way) for text in CASES for way in WAYS if way != "eager" or text in EACH]
-NARROW = [  # again where the processor may use fewer instructions
-    pytest.param(*case, marks=pytest.mark.numerical if case[0] in EACH and case[1] == "attached" else ())
-    for case in MATRIX
-]
+WAYS = ("attached", "sdpa")
+NUMERICAL = [pytest.param(text, marks=pytest.mark.numerical if text in EACH else ()) for text in CASES]
 
 
-@pytest.mark.parametrize(("text", "way"), NARROW)
-def test_greedy(text, way):
-    compare(generating(unpadded(1, 190), NEW), recipe(text), way)
+@pytest.mark.parametrize("text", NUMERICAL)
+def test_greedy(text):
+    compare(generating(unpadded(1, 190), NEW), recipe(text), *WAYS)
 
 
-@pytest.mark.parametrize(("text", "way"), MATRIX)
-def test_left_padded_rows_of_unequal_lengths(text, way):
+@pytest.mark.parametrize("text", EACH)
+def test_greedy_with_eager_attention(text):
+    compare(generating(unpadded(1, 190), NEW), recipe(text), "eager")
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_left_padded_rows_of_unequal_lengths(text):
     inputs = padded([170, 131, 20])
-    compare(generating(inputs, NEW), recipe(text), way, inputs["attention_mask"])
+    compare(generating(inputs, NEW), recipe(text), *WAYS, mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("text", EACH)
+def test_left_padded_rows_with_eager_attention(text):
+    inputs = padded([170, 131, 20])
+    compare(generating(inputs, NEW), recipe(text), "eager", mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("text", CASES)
@@ -48,12 +56,11 @@ def test_num_return_sequences(text):
     compare(run, recipe(text), mask=inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("way", ["attached", "sdpa"])
 @pytest.mark.parametrize("text", CASES)
-def test_beam_search(text, way):
+def test_beam_search(text):
     inputs = padded([120, 101])
     run = generating(inputs, NEW, num_beams=3, num_return_sequences=2)
-    compare(run, recipe(text), way, inputs["attention_mask"])
+    compare(run, recipe(text), *WAYS, mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("prefill", ["exact", "stored"])
@@ -98,9 +105,8 @@ def test_turns_of_generate_on_one_cache(text):
     assert cache.get_seq_length() == 140 + 20 + 45 + 19
 
 
-@pytest.mark.parametrize("way", ["attached", "sdpa"])
 @pytest.mark.parametrize("text", ["int8", "kivi:2 recent=32", *(text for text in CASES if "kvquant" in text)])
-def test_turns_of_a_padded_batch_on_one_cache(text, way):
+def test_turns_of_a_padded_batch_on_one_cache(text):
     """Padding before and between the turns: `generate` gives positions that count tokens alone, so that slots and
     positions part twice in the shorter row."""
     first, second = padded([120, 81]), padded([41, 17], seed=9)
@@ -118,4 +124,4 @@ def test_turns_of_a_padded_batch_on_one_cache(text, way):
             assert [cache.rows.shift(row) for row in (0, 1)] == [0, 0]  # so the compiled loops may read its pages
         return again._replace(logits=said.logits + again.logits)
 
-    compare(talk, recipe(text), way, mask)
+    compare(talk, recipe(text), *WAYS, mask=mask)

@@ -41,6 +41,7 @@ CASES = [
     "streaming window=40",
     "logquant window=32",
     "partial-logquant window=40 sinks=2",
+    "partial-streaming window=40 sinks=3",
     "kvmix k=3,2 v=4,1",
     "kvmix:2 ratio_of=context ratio=0.3",
     "kvquant:2 outliers=12% sinks=3",

@@ -31,11 +31,18 @@ def feeding(inputs, chunks, between=None):
 
 
 @pytest.mark.parametrize("prefill", ["exact", "stored"])
-@pytest.mark.parametrize("sizes", [(200, 3), (33, 31, 40, 32, 64, 1, 2), (17,) * 9, (90, 90, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(200, 3), (33, 31, 40, 32, 64, 1, 2), (90, 90, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("text", CASES)
 def test_chunks_of_several_sizes(text, sizes, prefill):
     inputs = padded([sum(sizes), sum(sizes) - 45])
     compare(feeding(inputs, sizes), recipe(text, prefill=prefill), mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize(("text", "prefill"), [*((c, "exact") for c in CASES), *((c, "stored") for c in EACH)])
+def test_short_chunks(text, prefill):
+    """They pack nothing of their own, so that the two kinds of prefill are one."""
+    inputs = padded([153, 108])
+    compare(feeding(inputs, (17,) * 9), recipe(text, prefill=prefill), mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("text", CASES)
@@ -61,7 +68,7 @@ def test_crop(text, depth, way):
         return start - depth
 
     run = feeding(inputs, (120, 32, 1, 40, 1, 1, 35, 1), cut)
-    compare(run, recipe(text), way, inputs["attention_mask"])
+    compare(run, recipe(text), way, mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("text", CASES)
