@@ -98,7 +98,7 @@ def test_keys_and_values_that_do_not_belong_together_are_dense(pair, dense_calls
 
 def test_a_handle_is_out_of_date_after_the_next_update(pair):
     keys, _ = pair
-    layer = keys.source.layer
+    layer = keys.source.store
     layer.rows.extend(2, 1, None)
     layer.update(torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, DIM))
     with pytest.raises(RuntimeError, match="out of date"):

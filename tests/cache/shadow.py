@@ -57,7 +57,7 @@ class Shadow(kvist.Cache):
 
         def attend(view: View, query: Tensor, scale: float, **options) -> Tensor:
             out = own(view, query, scale, **options)
-            index = next(i for i, layer in enumerate(self.layers) if layer is view.layer)
+            index = next(i for i, layer in enumerate(self.layers) if layer is view.store)
             seeing = {name: options[name] for name in ("mask", "causal") if name in options}
             turned = turn_further(self.wanted[index][0], self.oracle.layers[index])
             same_attention(out, query, *self.wanted[index], self.real(index), turned, **seeing)

@@ -225,7 +225,7 @@ def test_keys_that_attention_reads(family, attention, jumping, monkeypatch):
             found = handle.dense()
             nearly(found, want, packed)
             assert torch.equal(found.transpose(1, 2)[exact], want.transpose(1, 2)[exact])
-            raw = handle.source.layer.key if handle.side == 0 else handle.source.layer.value
+            raw = handle.source.store.key if handle.side == 0 else handle.source.store.value
             assert raw.frontiers == [100, 77]
         monkeypatch.setattr(View, "_packed_tiles", lambda *args: tiles.append(1) or own(*args))
         query = torch.randn(2, cache.describes.query_heads, 3, want.shape[-1])

@@ -202,11 +202,11 @@ class View:
         store = self.store
         budget = PROMPT_TILE if queries > 1 else CPU_TILE if self.device.type == "cpu" else GPU_TILE
         shape = store.shape
-        step = max(1, budget // (store.page * shape.heads * max(shape.key_dim, shape.value_dim) * len(self.lengths)))
+        many = max(1, budget // (store.page * shape.heads * max(shape.key_dim, shape.value_dim) * len(self.lengths)))
         pages = -(-max(self.limits) // store.page)
         tables = step.tables(store)
-        for first in range(0, pages, step):
-            last = min(first + step, pages)
+        for first in range(0, pages, many):
+            last = min(first + many, pages)
             tokens = self._tokens(first * store.page, last * store.page)
             at = torch.stack([self.rows.positions(row, line) for row, line in enumerate(tokens)])
             keys, values = (
