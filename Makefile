@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types bench gpu newest clean
+.PHONY: demo test lint types bench gpu gpu-check gpu-kernels gpu-models gpu-headline newest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ bench: $(VENV)/ready
 # On a machine with a GPU, by a Python that has torch for CUDA; installs and builds nothing.
 gpu:
 	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu
+
+# Parts of it, each within two minutes: gate and tests; kernel times; whole models; the longest context.
+gpu-check gpu-kernels gpu-models gpu-headline:
+	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu --plan $(@:gpu-%=%) --budget-seconds 115
 
 # The kernel tests with the newest Triton and numpy, whatever the constraints say.
 newest:

@@ -196,7 +196,7 @@ def test_timed_rows_are_compared_with_the_best_of_fp16(monkeypatch, tmp_path):
     assert max(row["x fp16"] for row in timed if row["kind"] == "fp16") == 1.0
     varied = kernels.variants_of(["kivi:2"], CPU, 3, True, 1e9)
     assert varied[0]["x in order"] == 1.0 and all("x in order" in row for row in varied)
-    report = {"title": "Toy", "settings": {"rounds": 11}, "copy GB/s": 1.0, "rows": rows + varied}
+    report = {"title": "Toy", "settings": {"rounds": 11}, "read GB/s": 1.0, "rows": rows + varied}
     assert "x fp16, of ours" in kernels.sentences(report)[1]
     pytest.importorskip("matplotlib")
     roofline.draw(report, tmp_path / "x.png")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvist.bench.stand_in import stand_in
 from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -40,7 +41,7 @@ def build(tmp_path_factory):
 
     @cache
     def built(cell, bulk):
-        macros = cell._asdict() | attend_cuda.macros_of(TUNING) | {"BULK": int(bulk)}
+        macros = cell._asdict() | attend_cuda.macros_of(TUNING._replace(copies=bulk))
         name = folder / f"{abs(hash((cell, bulk)))}.so"
         options = [f"-D{k}={v}" for k, v in macros.items()]
         flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -52,7 +53,7 @@ def build(tmp_path_factory):
 
 
 def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
-    made, rows = parse(text), Rows()
+    made, rows = stand_in(parse(text), HEADS, dim), Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
     for tokens in updates:
         rows.extend(batch, tokens, None)
@@ -60,7 +61,7 @@ def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
     return layer
 
 
-def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
+def attended(build, layer, q, blocks=5, bulk=1, backward=False, **options):
     """What the kernel says, and what the parts say."""
     view, scale = View.after(layer), q.shape[-1] ** -0.5
     expected = view.attend(q, scale, **options)
@@ -82,7 +83,7 @@ def agree(found, expected, rounding=4e-3):
     assert error <= rounding, f"{error:.2e}"
 
 
-@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize("bulk", [1, 0, 2], ids=["bulk", "plain", "mixed"])
 @pytest.mark.parametrize(
     ("text", "updates"),
     [
@@ -99,6 +100,7 @@ def agree(found, expected, rounding=4e-3):
         ("int8", (200, 1)),
         ("hadamard:4", (300, 1)),
         ("hadamard:2", (300, 1, 1)),
+        *((f"kvquant:{bits} keys=post-rope outliers=0", (300, 1)) for bits in (2, 3, 4)),
     ],
 )
 def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
@@ -185,7 +187,7 @@ def test_what_it_does_not_serve_is_named():
 
     assert not reasons("kivi:2") and not reasons("kivi k=4 v=2")
     assert not any(map(reasons, ("kivi:3", "kivi:8", "kivi:1", "int4", "int8", "hadamard:4")))
-    assert "keys are not uniform" in reasons("kvquant:4")
+    assert "keep outliers" in reasons("kvquant:4")
 
 
 def test_it_is_chosen_for_what_it_serves_alone():

@@ -205,6 +205,19 @@ def kernel(layer: Layer) -> tuple[str, Callable | None, tuple[str, ...]]:
     return ("reference" if part is None else _module(part)), None, tuple(dict.fromkeys([*reasons, *more]))
 
 
+def cell(method: str, shape: Shape):
+    """The cell of the CUDA kernel that a shape's decode step is of; None where that kernel does not serve it."""
+    from kvist.kernels import attend_cuda
+
+    layer = filled(method, replace(shape, length=1, batch=1, variant=""), torch.device("cpu"))
+    key, value = (track.codec.traits for track in layer.tracks)
+    if layer.plan.pinned or attend_cuda.unserved(key, value):
+        return None
+    none = torch.zeros(0, dtype=torch.int32)
+    call = choose.Decode(none, none, layer.page, 1.0)
+    return attend_cuda.cell(key, value, queries(shape, torch.device("cpu")), shape.heads, shape.dim, call)
+
+
 def _module(function: Callable) -> str:
     return getattr(function, "func", function).__module__.rsplit(".", 1)[-1]
 

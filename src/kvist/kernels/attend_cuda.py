@@ -6,6 +6,8 @@ the kernel does not serve goes to Triton's.
 
 import ctypes
 import importlib.util
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +20,27 @@ from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).with_name("cuda")
 SOURCE = FOLDER / "decode.cu"
-HEADERS = tuple(f"{name}.cuh" for name in ("packed", "deal", "exact", "page", "codes", "layout", "primitives"))
+HEADERS = tuple(
+    f"{name}.cuh" for name in ("packed", "queries", "deal", "exact", "page", "codes", "layout", "primitives")
+)
 DIMS = 64, 128
 STATIC = 7 << 10  # bytes of shared memory of a block beside its rings, at most, and what the device takes itself
 MULTIPROCESSOR = 227 << 10  # bytes of shared memory of a multiprocessor, as sm_90 and sm_100 have
 MOST_SPAN = 6 << 10  # bytes: what two stages of 16 warps leave room for
+LADDERS = {"uniform": (1, 2, 3, 4, 8), "table": (2, 3, 4)}  # levels: bits
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class Tuning(NamedTuple):
-    """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps of
-    a block; blocks: that a multiprocessor holds at once, by registers and shared memory."""
+    """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps
+    of a block; blocks: that a multiprocessor holds at once, by registers and shared memory; copies: see `layout.cuh`.
+    """
 
     span: int
     stages: int
     warps: int = 8
     blocks: int = 2
+    copies: int = 1
 
 
 class Cell(NamedTuple):
@@ -66,10 +73,13 @@ class Cell(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        """Two or three spans under way in each of 16 warps, where shared memory allows: copies then hide behind them."""
+        """Two spans and more under way in each of 16 warps, where shared memory allows: they hide what copies take."""
         span = next(n for n in (64, 32, 16) if n == 16 or self.span_bytes(n) <= MOST_SPAN)
         stages = max(2, min(4, (MULTIPROCESSOR // 2 - STATIC) // (8 * self.span_bytes(span))))
-        return Tuning(span, stages)
+        copies = 1
+        if span == 64 and self.KR == 0:  # measured on an H200: many small ranges ride better in pieces
+            copies = 0 if self.KG == 32 else 2
+        return Tuning(span, stages, copies=copies)
 
     def shared(self, tuning: Tuning, blocks: int = 0) -> int:
         """Bytes of dynamic shared memory of a block: its rings, and later its warps' parts or those of `blocks`."""
@@ -84,9 +94,9 @@ def unserved(key: Traits, value: Traits) -> tuple[str, ...]:
     """Why this kernel does not read such pages; () if it does."""
     reasons = []
     for side, traits in (("keys", key), ("values", value)):
-        if traits.levels != "uniform" or traits.bits not in (1, 2, 3, 4, 8):
-            reasons.append(f"{side} are not uniform numbers of 1, 2, 3, 4 or 8 bits")
-        if traits.range != "minmax":
+        if traits.bits not in LADDERS.get(traits.levels, ()):
+            reasons.append(f"{side} are neither uniform numbers of 1, 2, 3, 4 or 8 bits nor tables of 2, 3 or 4")
+        if traits.range not in ("minmax", "fixed")[: 1 + (side == "keys")]:
             reasons.append(f"{side} have a range of kind {traits.range}")
         if traits.outliers or traits.rotary:
             reasons.append(f"{side} keep outliers, or are stored before a rotary embedding")
@@ -117,8 +127,10 @@ def cell(key: Traits, value: Traits, q: Tensor, heads: int, value_dim: int, call
         return None
     return Cell(
         key.bits, value.bits, tokens, value.group or dim, call.page, heads, rows, q.shape[2], TYPES[q.dtype],
-        SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim, KR=int(key.along == "channels"),
-        KA=int(key.across_heads), VA=int(value.across_heads), TURN=int(key.hadamard),
+        SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim,
+        KR=2 if key.range == "fixed" else int(key.along == "channels"), KA=int(key.across_heads),
+        VA=int(value.across_heads), KT=int(key.levels == "table"), VT=int(value.levels == "table"),
+        TURN=int(key.hadamard),
     )  # fmt: skip
 
 
@@ -127,11 +139,13 @@ def macros_of(tuning: Tuning) -> dict[str, int]:
     return {name.upper(): number for name, number in tuning._asdict().items()}
 
 
+@cache
 def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None) -> bytes:
     """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
-    macros = made._asdict() | macros_of(tuning or made.tuning) | {"BULK": int(arch >= 90)}
+    tuning = tuning or made.tuning
+    macros = made._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0))
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
     headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
@@ -147,6 +161,13 @@ def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = N
     _ok(get(program, code))
     nvrtc.nvrtcDestroyProgram(program)
     return code
+
+
+def compile_ahead(cells: Iterable[Cell], arch: int) -> None:
+    """Compile several cells side by side; what fails is told when it is asked for."""
+    with ThreadPoolExecutor() as pool:
+        for task in [pool.submit(compiled, made, arch) for made in dict.fromkeys(cells)]:
+            task.exception()
 
 
 def _ok(answer: tuple) -> tuple:
