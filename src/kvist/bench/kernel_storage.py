@@ -209,13 +209,13 @@ def cell(method: str, shape: Shape):
     """The cell of the CUDA kernel that a shape's decode step is of; None where that kernel does not serve it."""
     from kvist.kernels import attend_cuda
 
-    layer = filled(method, replace(shape, length=1, batch=1, variant=""), torch.device("cpu"))
-    key, value = (track.codec.traits for track in layer.tracks)
-    if layer.plan.pinned or attend_cuda.unserved(key, value):
+    recipe = stand_in(parse(method), shape.heads, shape.dim)
+    plan = recipe.layers[0]
+    key, value = (side.codec.traits for side in plan.sides)
+    if plan.pinned or attend_cuda.unserved(key, value):
         return None
-    none = torch.zeros(0, dtype=torch.int32)
-    call = choose.Decode(none, none, layer.page, 1.0)
-    return attend_cuda.cell(key, value, queries(shape, torch.device("cpu")), shape.heads, shape.dim, call)
+    none, q = torch.zeros(0, dtype=torch.int32), torch.zeros(1, shape.query_heads, 1, shape.dim, dtype=torch.float16)
+    return attend_cuda.cell(key, value, q, shape.heads, shape.dim, choose.Decode(none, none, recipe.page, 1.0))
 
 
 def _module(function: Callable) -> str:

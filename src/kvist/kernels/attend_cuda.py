@@ -140,12 +140,13 @@ def macros_of(tuning: Tuning) -> dict[str, int]:
 
 
 @cache
-def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None) -> bytes:
-    """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. Raises RuntimeError with the compiler's words."""
+def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None, counted: bool = False) -> bytes:
+    """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. counted: of whole packed spans alone, which is no
+    kernel. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
     tuning = tuning or made.tuning
-    macros = made._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0))
+    macros = made._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0)) | {"COUNTED": int(counted)}
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
     headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]

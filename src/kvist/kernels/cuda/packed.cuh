@@ -1,6 +1,7 @@
 // A warp's share of a cell: slices of exact tokens, then spans of packed ones that come through a ring of its own.
 //
-// Constants, beside those of page.cuh: WARPS of a block, STAGES of its rings.
+// Constants, beside those of page.cuh: WARPS of a block, STAGES of its rings; COUNTED: whole spans alone, so that machine
+// code can be counted.
 #pragma once
 
 #include "queries.cuh"
@@ -110,7 +111,7 @@ __device__ __forceinline__ void share(const Call& c, Walk& me, Queries& q, Asked
   bool turned = false;
 #endif
 #pragma unroll 1
-  for (int i = 0; i < exact; i++) {
+  for (int i = 0; i < exact && !COUNTED; i++) {
     const Slice slice = slice_of(c, x.row, x.b, x.head, my + i * WARPS);
     if (i + 1 < exact) touch(slice_of(c, x.row, x.b, x.head, my + (i + 1) * WARPS), lane);
     const bool k_packed = slice.span && x.row.kf > x.row.vf, v_packed = slice.span && x.row.vf > x.row.kf;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void share(const Call& c, Walk& me, Queries& q, Asked
   for (int i = 0; i < n; i++) {
     char* span = ring.memory + ring.stage * SPAN_BYTES;
     span_is_there(ring);
-    if (tail && i == n - 1)
+    if (tail && i == n - 1 && !COUNTED)
       read_span<true>(me, span, q.meeting_packed(), left, lane);
     else
       read_span<false>(me, span, q.meeting_packed(), SPAN, lane);

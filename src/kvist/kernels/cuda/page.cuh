@@ -182,7 +182,7 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
     }
     times_scales(qs, page + KS, me.k_lift, t);
   }
-#pragma unroll 1
+#pragma unroll (COUNTED ? SPAN / CHUNK : 1)
   for (int chunk = 0; chunk < SPAN / CHUNK; chunk++) {
     float s[TILES][4], d0, d1;
     const int first = chunk * CHUNK;
