@@ -39,7 +39,7 @@ gpu:
 
 # Parts of it, each within two minutes: gate and tests; kernel times; whole models; the longest context.
 gpu-check gpu-kernels gpu-models gpu-headline:
-	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu --plan $(@:gpu-%=%) --budget-seconds 115
+	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu --plan $(@:gpu-%=%) --budget-seconds 105
 
 # The kernel tests with the newest Triton and numpy, whatever the constraints say.
 newest:
