@@ -270,8 +270,8 @@ def gpu() -> str | None:
     rows = [[shape, f"{best[shape]:.1f}", *(cells.get((shape, name), "") for name in ours)] for shape in shapes]
     head = ["query/KV heads:tokens", "best fp16", *(f"`{name.removeprefix('kvist ')}`" for name in ours)]
     note = (
-        f"{found['title']}, torch {found['machine']['torch']}: µs, and how many times faster than the best fp16 kernel of "
-        f"the same run. A plain read reaches {found['read GB/s']:,.0f} GB/s."
+        f"{found['title']}, torch {found['machine']['torch']}: µs, and how many times faster than the best fp16 kernel "
+        f"of the same run. A plain read reaches {found['read GB/s']:,.0f} GB/s."
     )
     return f"{note}\n\n{table(head, rows, 'l' + 'r' * (len(head) - 1))}"
 

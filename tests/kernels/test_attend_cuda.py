@@ -180,6 +180,21 @@ def test_it_compiles_for_gpus(arch):
         assert b"mma.sync" in ptx and (b"cp.async.bulk" in ptx) == (arch >= 90)
 
 
+@pytest.mark.parametrize(
+    ("block", "multiprocessor"), [(227 << 10, 228 << 10), (163 << 10, 164 << 10), (99 << 10, 100 << 10)]
+)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_every_cell_fits_into_shared_memory(block, multiprocessor, bits, group):
+    """Of an H200, an A100 and a 4090; on the first with 16 warps per multiprocessor, where a span is not too large."""
+    cell = attend_cuda.Cell(bits, bits, group, group, max(64, group), 8, 8, 1, 1)
+    found = attend_cuda.fitted(cell, cell.tuning, block, multiprocessor)
+    taken = cell.shared(found, 2 * 160) + attend_cuda.STATIC
+    assert taken <= block and found.blocks * taken <= multiprocessor
+    if block > 200 << 10:
+        assert found.warps * found.blocks == 16
+
+
 def test_what_it_does_not_serve_is_named():
     def reasons(text):
         plan = parse(text).layers[0]

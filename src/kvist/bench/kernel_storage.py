@@ -1,6 +1,7 @@
 """What the kernel benchmark decodes from: shapes by name, and layers of ours filled by ordinary updates."""
 
 import copy
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -216,6 +217,17 @@ def cell(method: str, shape: Shape):
         return None
     none, q = torch.zeros(0, dtype=torch.int32), torch.zeros(1, shape.query_heads, 1, shape.dim, dtype=torch.float16)
     return attend_cuda.cell(key, value, q, shape.heads, shape.dim, choose.Decode(none, none, recipe.page, 1.0))
+
+
+def compile_ahead(methods: Sequence[str], shapes: Sequence[Shape], device: torch.device) -> None:
+    """Compile what these will ask NVRTC for, all at once."""
+    if not all(map(importlib.util.find_spec, ("cuda", "cuda.bindings"))):
+        return
+    from kvist.kernels import attend_cuda
+
+    cells = [cell(method, shape) for method in methods for shape in shapes]
+    major, minor = torch.cuda.get_device_capability(device)
+    attend_cuda.compile_ahead([made for made in cells if made is not None], 10 * major + minor)
 
 
 def _module(function: Callable) -> str:

@@ -5,7 +5,6 @@ hold. Without a GPU all of it runs at toy sizes and nothing is timed.
 """
 
 import gc
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -95,7 +94,7 @@ def run(
         report["gates"] += gates or ()
         wrong = {found["method"]: found["failed"] for found in report["gates"] if "failed" in found}
         if timed:
-            _ahead(methods, chosen, place)
+            kernel_storage.compile_ahead(methods, chosen, place)
         for shape in chosen:
             report["rows"] += race(shape, methods, place, rounds if timed else 0, toy, wrong, speed)
             write(report, out)
@@ -114,17 +113,6 @@ def run(
 
         draw(report, plot)
     return report
-
-
-def _ahead(methods: Sequence[str], shapes: Sequence[Shape], device: torch.device) -> None:
-    """Compile what these will ask NVRTC for, all at once."""
-    if not all(map(importlib.util.find_spec, ("cuda", "cuda.bindings"))):
-        return
-    from kvist.kernels import attend_cuda
-
-    cells = [kernel_storage.cell(method, shape) for method in methods for shape in shapes]
-    major, minor = torch.cuda.get_device_capability(device)
-    attend_cuda.compile_ahead([made for made in cells if made is not None], 10 * major + minor)
 
 
 def race(

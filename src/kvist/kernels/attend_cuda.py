@@ -177,6 +177,13 @@ def _ok(answer: tuple) -> tuple:
     return answer
 
 
+def fitted(made: Cell, tuning: Tuning, block: int, multiprocessor: int) -> Tuning:
+    """As many warps and blocks as shared memory holds: bytes of a block and of a multiprocessor, at most."""
+    while tuning.warps > 1 and made.shared(tuning) + STATIC > block:
+        tuning = tuning._replace(warps=tuning.warps // 2)
+    return tuning._replace(blocks=max(1, min(tuning.blocks, multiprocessor // (made.shared(tuning) + STATIC))))
+
+
 class Loaded(NamedTuple):
     """The kernel on a device, and how it is launched there."""
 
@@ -191,12 +198,10 @@ def _loaded(made: Cell, device: int, tuning: Tuning | None = None) -> Loaded:
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     chip = torch.cuda.get_device_properties(device)
-    tuning = tuning or made.tuning
+    most = chip.shared_memory_per_block_optin, chip.shared_memory_per_multiprocessor
+    tuning = fitted(made, tuning or made.tuning, *most)
     grid = chip.multi_processor_count * tuning.blocks
     shared = made.shared(tuning, grid)
-    while tuning.blocks > 1 and tuning.blocks * (shared + STATIC) > chip.shared_memory_per_multiprocessor:
-        tuning = tuning._replace(blocks=tuning.blocks - 1)
-        grid = chip.multi_processor_count * tuning.blocks
     major, minor = torch.cuda.get_device_capability(device)
     _, module = _ok(driver.cuModuleLoadData(compiled(made, 10 * major + minor, tuning=tuning)))
     _, function = _ok(driver.cuModuleGetFunction(module, b"decode"))
