@@ -76,6 +76,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     },
     "measured: memory": tables.memory,
     "measured: instructions": tables.instructions,
+    "measured: gpu": tables.gpu,
     "measured: anatomy": tables.anatomy,
     "measured: windows": lambda: tables.demo(tables.WINDOWS),
 }

@@ -278,6 +278,30 @@ def instructions() -> str | None:
     return table(head, rows, "llrrrrr")
 
 
+def gpu() -> str | None:
+    """Decode attention of one layer on a GPU: the best fp16 kernel, and ours with the ratio to it."""
+    found = _read(("runs/gpu/kernels.json",))
+    if found is None:
+        return None
+    timed = [row for row in found["rows"] if "median us" in row and "variant" not in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in timed))
+    ours = list(dict.fromkeys(row["contender"] for row in timed if row["kind"] == "kvist"))
+    cells = {}
+    for row in timed:
+        text = f"{row['median us']:,.1f}" if row["median us"] < 1000 else f"{row['median us']:,.0f}"
+        cells[row["shape"], row["contender"]] = f"{text} ({row['x fp16']:.2f})"
+    best = {
+        shape: min(r["median us"] for r in timed if r["shape"] == shape and r["kind"] == "fp16") for shape in shapes
+    }
+    rows = [[shape, f"{best[shape]:.1f}", *(cells.get((shape, name), "") for name in ours)] for shape in shapes]
+    head = ["query/KV heads:tokens", "best fp16", *(f"`{name.removeprefix('kvist ')}`" for name in ours)]
+    note = (
+        f"{found['title']}, torch {found['machine']['torch']}: µs, and how many times faster than the best fp16 kernel "
+        f"of the same run. A plain read reaches {found['read GB/s']:,.0f} GB/s."
+    )
+    return f"{note}\n\n{table(head, rows, 'l' + 'r' * (len(head) - 1))}"
+
+
 def throughput(name: str) -> str | None:
     """Whole generations: a row per contender and batch, the largest batches, and what was published."""
     found = _read((f"runs/throughput-{name}.json",))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvist.bench.stand_in import stand_in
 from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -43,7 +44,7 @@ def build(tmp_path_factory):
 
     @cache
     def built(cell, bulk):
-        macros = cell._asdict() | attend_cuda.macros_of(TUNING) | {"BULK": int(bulk)}
+        macros = cell._asdict() | attend_cuda.macros_of(TUNING._replace(copies=bulk)) | {"COUNTED": 0}
         name = folder / f"{abs(hash((cell, bulk)))}.so"
         options = [f"-D{k}={v}" for k, v in macros.items()]
         flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -55,7 +56,7 @@ def build(tmp_path_factory):
 
 
 def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
-    made, rows = parse(text), Rows()
+    made, rows = stand_in(parse(text), HEADS, dim), Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
     for tokens in updates:
         rows.extend(batch, tokens, None)
@@ -63,7 +64,7 @@ def filled(text, updates, batch=2, dtype=torch.float32, size=1.0, dim=DIM):
     return layer
 
 
-def attended(build, layer, q, blocks=5, bulk=True, backward=False, **options):
+def attended(build, layer, q, blocks=5, bulk=1, backward=False, **options):
     """What the kernel says, and what the parts say."""
     view, scale = View.after(layer), q.shape[-1] ** -0.5
     expected = view.attend(q, scale, **options)
@@ -85,7 +86,7 @@ def agree(found, expected, rounding=4e-3):
     assert error <= rounding, f"{error:.2e}"
 
 
-@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize("bulk", [1, 0, 2], ids=["bulk", "plain", "mixed"])
 @pytest.mark.parametrize(
     ("text", "updates"),
     [
@@ -102,6 +103,7 @@ def agree(found, expected, rounding=4e-3):
         ("int8", (200, 1)),
         ("hadamard:4", (300, 1)),
         ("hadamard:2", (300, 1, 1)),
+        *((f"kvquant:{bits} keys=post-rope outliers=0", (300, 1)) for bits in (2, 3, 4)),
     ],
 )
 def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
@@ -181,6 +183,21 @@ def test_it_compiles_for_gpus(arch):
         assert b"mma.sync" in ptx and (b"cp.async.bulk" in ptx) == (arch >= 90)
 
 
+@pytest.mark.parametrize(
+    ("block", "multiprocessor"), [(227 << 10, 228 << 10), (163 << 10, 164 << 10), (99 << 10, 100 << 10)]
+)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_every_cell_fits_into_shared_memory(block, multiprocessor, bits, group):
+    """Of an H200, an A100 and a 4090; on the first with 16 warps per multiprocessor, where a span is not too large."""
+    cell = attend_cuda.Cell(bits, bits, group, group, max(64, group), 8, 8, 1, 1)
+    found = attend_cuda.fitted(cell, cell.tuning, block, multiprocessor)
+    taken = cell.shared(found, 2 * 160) + attend_cuda.STATIC
+    assert taken <= block and found.blocks * taken <= multiprocessor
+    if block > 200 << 10:
+        assert found.warps * found.blocks == 16
+
+
 def asked(text, **said):
     """Who serves a decode step of a layer on a GPU, heads of 128, and why the CUDA kernel does not."""
     plan = parse(text).layers[0]
@@ -192,7 +209,7 @@ def asked(text, **said):
 @pytest.mark.parametrize(
     "text, said, reason",
     [
-        ("kvquant:4", {}, "keys are not uniform numbers of 1, 2, 3, 4, 8 bits"),
+        ("kvquant:4", {}, "keep outliers"),
         ("int4 group=32", {}, "nor along all channels of a token"),
         ("hadamard:4 group=32", {}, "along less than a head"),
         ("logquant:2", {}, "pins"),

@@ -15,7 +15,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 #define __device__
 #define __forceinline__ inline
-#define __noinline__
+#define __noinline__ static
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -124,8 +124,10 @@ static void mma(float* c, const u32* a, u32 b0, u32 b1) { product_of<number>(c, 
 static void mma_from_zero(float* c, const u32* a, u32 b0, u32 b1) { product_of<number>(c, a, b0, b1, true); }
 static void mma_brain(float* c, const u32* a, u32 b0, u32 b1) { product_of<brain>(c, a, b0, b1, false); }
 
+static void prefetch(const void*) {}
 static u32 shared_address(const void* p) { return (u32)((const char*)p - block_memory); }
-static void barrier_init(u32) {}
+static void barrier_init(u32, u32) {}
+static void copies_arrive(u32) {}
 static void barriers_made() {}
 static void expect(u32, u32) {}
 static void bulk(u32 to, const void* from, u32 n, u32) { memcpy(block_memory + to, from, n); }

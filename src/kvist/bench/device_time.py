@@ -14,6 +14,8 @@ from kvist.bench.table import machine
 
 COLD = 200 << 20  # bytes that copies hold together, so that the second-level cache serves none of them
 LEAST = 16  # calls of a replay: the clock's steps and the launch of a graph count little
+CAP, FEWEST = 1.0, 3  # seconds of a contender's rounds at most, and rounds at least
+READ = 2 << 30  # bytes of the read that bandwidth is measured with
 COPY = 1 << 30  # bytes of the copy that bandwidth is measured with
 QUERY = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader")
 
@@ -79,17 +81,34 @@ class Replay:
         return self.start.elapsed_time(self.stop) / 1e3 / self.calls
 
 
-def interleaved(replays: Mapping[str, Replay], rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds per call of every contender, `rounds` times, each round in an order of its own."""
+def interleaved(replays: Mapping[str, Replay], rounds: int, seed: int = 0, cap: float = CAP) -> dict[str, list[float]]:
+    """Seconds per call of every contender, `rounds` times, each round in an order of its own. cap: seconds that one
+    contender may take in all; a slow one gets fewer rounds, FEWEST at least."""
     order, draw = list(replays), random.Random(seed)
-    for replay in replays.values():
-        replay.seconds()
+    most = {name: max(FEWEST, int(cap / (x.seconds() * getattr(x, "calls", 1)))) for name, x in replays.items()}
     times: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(rounds):
+    for i in range(rounds):
         draw.shuffle(order)
         for name in order:
-            times[name].append(replays[name].seconds())
+            if i < most[name]:
+                times[name].append(replays[name].seconds())
     return times
+
+
+def kernel_of(turn: Callable[[], object], words: Sequence[str]) -> str:
+    """The name of the kernel that takes most of a call's time on the device among those that hold one of `words`.
+    Raises RuntimeError where none does."""
+    turn()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        turn()
+        torch.cuda.synchronize()
+    found = sorted((event.device_time_total, event.key) for event in seen.key_averages())
+    fitting = [name for _, name in found if any(word in name.lower() for word in words)]
+    if not fitting:
+        longest = found[-1][1] if found else "nothing"
+        raise RuntimeError(f"{longest} ran where a kernel of {' or '.join(words)} was asked for")
+    return fitting[-1]
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -97,6 +116,14 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     ordered = sorted(1e6 * t for t in times)
     edge = len(ordered) // 10
     return {"median us": statistics.median(ordered), "p10 us": ordered[edge], "p90 us": ordered[-1 - edge]}
+
+
+def read_bandwidth(device: torch.device, rounds: int = 10) -> float:
+    """Bytes per second that a plain sum reads: the floor of what only reads."""
+    source = torch.zeros(READ // 8, dtype=torch.int64, device=device)
+    replay = Replay([source.sum])
+    replay.seconds()
+    return READ / statistics.median(replay.seconds() for _ in range(rounds))
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 20) -> float:

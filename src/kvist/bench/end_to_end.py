@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache as TransformersCache
 from kvist.attention.captured import Captured
 from kvist.bench import device_time, generation, memory, shapes
 from kvist.bench.generation import Lengths
+from kvist.bench.kernel_contenders import BACKENDS
 from kvist.bench.kernel_gate import first_line
-from kvist.bench.standing import standing
+from kvist.bench.standing import standing, without_mask
 from kvist.cache.cache import Cache
 from kvist.methods import resolve
 from kvist.models.compat import cache_argument
@@ -112,11 +113,11 @@ def captured(
     note: Callable[[dict], None] = lambda report: None,
 ) -> dict:
     """A decode step as one graph: ours against fp16 at the same length, and the share of the time that the bytes of the
-    two caches predict to be saved. copied: bytes per second of a plain copy."""
+    two caches predict to be saved. copied: bytes per second of a plain read."""
     place = torch.device(device)
     toy, rows = place.type != "cuda", []
     report = {"title": "Captured decode steps", "machine": device_time.describe(place), "rows": rows}
-    copied = copied or (None if toy else device_time.copy_bandwidth(place))
+    copied = copied or (None if toy else device_time.read_bandwidth(place))
     for name in models[:1] if toy else models:
         model = model_of(name, place, toy, max(lengths) + STEPS + WARM)
         for length in [200] if toy else lengths:
@@ -125,7 +126,7 @@ def captured(
             for backend in ("flash",) if toy else ("flash", "cudnn"):
                 mine = row | {"contender": f"fp16, {backend}"}
                 try:
-                    found, held = _standing_step(model, length, backend, toy)
+                    found, held, mine["kernel"] = _standing_step(model, length, backend, toy)
                     mine["cache MB"] = held / 1e6
                     if found is not None:
                         mine["ms/step"] = 1e3 * found
@@ -161,9 +162,10 @@ def geometry(model) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _standing_step(model, length: int, backend: str, toy: bool) -> tuple[float | None, int]:
-    """Seconds of a step over an fp16 cache that stays at one length, and its bytes: a graph's replay, no mask, no copy
-    of the context; the fastest that fp16 can be made through the model's own forward."""
+def _standing_step(model, length: int, backend: str, toy: bool) -> tuple[float | None, int, str]:
+    """Seconds of a step over an fp16 cache that stays at one length, its bytes, and the attention kernel that ran: a
+    graph's replay, no mask, no copy of the context; the fastest that fp16 can be made through the model's own forward.
+    Raises RuntimeError where another kernel ran than was asked for."""
     cache: TransformersCache = standing(model.config.num_hidden_layers, geometry(model), length, model.device)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     at = torch.full_like(token, length)
@@ -173,13 +175,14 @@ def _standing_step(model, length: int, backend: str, toy: bool) -> tuple[float |
         return model(input_ids=token, position_ids=at, **cache_argument(cache), use_cache=True).logits
 
     chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[backend]
-    with nullcontext() if toy else sdpa_kernel(chosen):
+    with without_mask(model), nullcontext() if toy else sdpa_kernel(chosen):
         if toy:
             forward()
-            return None, nbytes
+            return None, nbytes, backend
+        ran = device_time.kernel_of(forward, BACKENDS[chosen])
         replay = device_time.Replay([forward])
         times = device_time.interleaved({backend: replay}, 5)[backend]
-    return sorted(times)[len(times) // 2], nbytes
+    return sorted(times)[len(times) // 2], nbytes, ran
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from kvist.atomic import replacing
 from kvist.bench import device_time, end_to_end, goals, headline, kernel_gate, kernels
 from kvist.bench.table import show, write
 
@@ -80,7 +81,8 @@ def variants(path: Path, device: str, methods: Sequence[str]) -> None:
             [t for t in kernels.PACKED if t in methods], place, rounds, not timed, copied
         )
         write(report, path)
-        report["rows"] = kernels.variants_of(chosen, place, rounds, not timed, copied)
+        speed = device_time.read_bandwidth(place) if timed else None
+        report["rows"] = kernels.variants_of(chosen, place, rounds, not timed, speed)
     write(report, path)
 
 
@@ -114,13 +116,23 @@ def tests(path: Path, device: str, methods: Sequence[str]) -> None:
 STAGES: dict[str, tuple[Callable[[Path, str, Sequence[str]], None], int]] = {
     "environment": (environment, 60),
     "unpack": (unpack, 60),
-    GATE: (gate, 150),
-    "kernels": (kernel_times, 170),
-    "headline": (longest, 150),
-    "captured": (partial(_model_stage, end_to_end.captured), 110),
-    "generate": (partial(_model_stage, end_to_end.generate), 110),
+    GATE: (gate, 75),
+    "kernels": (kernel_times, 110),
+    "headline": (longest, 110),
+    "captured": (partial(_model_stage, end_to_end.captured), 60),
+    "generate": (partial(_model_stage, end_to_end.generate), 50),
     "variants": (variants, 60),
-    "tests": (tests, 120),
+    "tests": (tests, 40),
+}
+
+
+# what `make gpu-check` and so on run: each fits into two minutes and is useful alone
+PLANS = {
+    "check": ("environment", "unpack", GATE, "tests"),
+    "kernels": ("environment", "kernels"),
+    "models": ("environment", "captured", "generate"),
+    "headline": ("environment", "headline"),
+    "all": tuple(STAGES),
 }
 
 
@@ -129,20 +141,26 @@ def run(
     budget_seconds: float = 480,
     device: str = "auto",
     methods: Sequence[str] = (),
+    plan: str = "all",
     as_json: bool = False,
 ) -> dict:
-    """All stages that the budget allows; a JSON file of each in `out_dir`, and a summary against the goals."""
+    """The stages of a plan that the budget allows; a JSON file of each in `out_dir`, and a summary of all that lie
+    there, of earlier calls too, against the goals. Raises ValueError for an unknown plan."""
+    if plan not in PLANS:
+        raise ValueError(f"plans are {', '.join(PLANS)}, found {plan!r}")
+    wanted = [name for name in PLANS[plan] if name in STAGES]
     folder, start = Path(out_dir), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     isolated = torch.device(device).type == "cuda"
     methods = methods or (kernels.METHODS if isolated else TOY_METHODS)
     for old in folder.glob("*.json"):
-        if old.stem.split("-")[0] in STAGES:
+        if old.stem.split("-")[0] in wanted:
             old.unlink()  # of an earlier run: a stage that is skipped must not look done
-    reports: dict[str, dict] = {}
+    reports: dict[str, dict] = {name: _read(folder, name) for name in STAGES if name not in wanted}
     stages = []
-    for name, (stage, most) in STAGES.items():
+    for name in wanted:
+        stage, most = STAGES[name]
         left = budget_seconds - (time.monotonic() - start)
         begun = time.monotonic()
         if left < LEAST:
@@ -157,6 +175,8 @@ def run(
         print(f"{name}: {row['state']}", file=sys.stderr, flush=True)
         summary = {"title": "Goals", "stages": stages, "rows": goals.judge(reports)}
         write(summary | {"machine": reports["environment"].get("machine")}, folder / "summary.json")
+        with replacing(folder / "SUMMARY.md") as scratch:
+            scratch.write_text(goals.page(summary["rows"], reports))
     show(summary, as_json)
     if not as_json:
         show({"title": "Stages", "rows": stages}, False)

@@ -45,9 +45,9 @@ class Subject(NamedTuple):
 def _cuda(bits: int, group: int) -> Subject:
     from kvist.kernels.cuda.attend import Cell, compiled
 
-    page = max(64, group)
-    made = Cell(bits, bits, group, group, page, 8, 4, 1, 1)
-    return Subject("cuda", bits, group, page * 256, "decode", lambda arch: compiled(made, arch))
+    made = Cell(bits, bits, group, group, max(64, group), 8, 4, 1, 1)
+    numbers = made.tuning.span * 256
+    return Subject("cuda", bits, group, numbers, "decode", lambda arch: compiled(made, arch, counted=True))
 
 
 def _triton(bits: int, group: int) -> Subject:

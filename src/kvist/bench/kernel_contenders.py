@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvist.bench import kernel_gate, kernel_storage
+from kvist.bench import device_time, kernel_gate, kernel_storage
 from kvist.bench.device_time import copies_for
 from kvist.bench.kernel_storage import Shape
 
@@ -23,13 +23,15 @@ FP16, FP8, OURS = "fp16", "fp8", "kvist"
 FLASHINFER_PAGE = 16
 WORKSPACE = 128 << 20  # bytes, that FlashInfer asks for
 FP8_TOLERANCE = 6e-2  # weights and queries of FP8 kernels have 3 bits of mantissa
+BACKENDS = {SDPBackend.FLASH_ATTENTION: ("flash",), SDPBackend.CUDNN_ATTENTION: ("cudnn", "fmha", "sdpa")}
 FLASH_INFER, FLASH_3, FLASH_2 = "flashinfer", "flash_attn_interface", "flash_attn"
 
 
 @dataclass
 class Contender:
     """turns: a decode step each, all the same but for where the data lie; expected (B, Hq, 1, D) fp32, of the first;
-    nbytes: what a step must read; kernel: what serves it."""
+    nbytes: what a step must read; kernel: what serves it; must: words of which the name of a kernel
+    that runs on the device must hold one."""
 
     name: str
     kind: str
@@ -38,12 +40,18 @@ class Contender:
     nbytes: int
     tolerance: float = kernel_gate.TOLERANCE
     kernel: str = ""
+    must: tuple[str, ...] = ()
+
+    def named(self) -> None:
+        """See which kernel runs. Raises RuntimeError where it is not one that was asked for."""
+        if self.must and self.expected.device.type == "cuda":
+            self.kernel = device_time.kernel_of(self.turns[0], self.must)
 
     def error(self) -> float:
         """Of the first turn, in units of the largest output. Raises RuntimeError above the tolerance."""
         found = kernel_gate.error(self.turns[0](), self.expected)
         if not found <= self.tolerance:
-            raise RuntimeError(f"error {found:.1e} of the largest output, at most {self.tolerance} are allowed")
+            raise RuntimeError(f"error {found:.1e} of the largest output, at most {self.tolerance:.1e} are allowed")
         return found
 
 
@@ -77,10 +85,18 @@ class Plain:
     def expected(self) -> Tensor:
         return kernel_gate.over_tensors(self.query, *self.pairs[0], self.scale)
 
-    def contender(self, name: str, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Contender:
+    @cached_property
+    def tolerance(self) -> float:
+        """What attention in fp16 is allowed to be off by."""
+        half = kernel_gate.over_tensors(self.query, *self.pairs[0], self.scale, kernel_gate.rounded)
+        return kernel_gate.limit(kernel_gate.error(half, self.expected))
+
+    def contender(
+        self, name: str, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], must: tuple[str, ...] = ()
+    ) -> Contender:
         """One that takes these very tensors."""
         turns: list[Callable] = [partial(attend, self.query, *pair, self.scale) for pair in self.pairs]
-        return Contender(name, FP16, turns, self.expected, self.nbytes, kernel=name)
+        return Contender(name, FP16, turns, self.expected, self.nbytes, self.tolerance, name, must)
 
 
 def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -149,7 +165,7 @@ def _flash(plain: Plain, kind: str, module: str) -> Contender:
 
 
 def _foreign(name: str, plain: Plain, kind: str, turns: list[Callable], stored: torch.dtype) -> Contender:
-    expected, tolerance = plain.expected, kernel_gate.TOLERANCE
+    expected, tolerance = plain.expected, plain.tolerance
     if kind == FP8:
         keys, values = (x.to(stored).float() for x in plain.pairs[0])
         expected, tolerance = kernel_gate.over_tensors(plain.query, keys, values, plain.scale), FP8_TOLERANCE
@@ -159,9 +175,9 @@ def _foreign(name: str, plain: Plain, kind: str, turns: list[Callable], stored: 
 
 def half_precision(plain: Plain) -> Iterator[tuple[str, str, Callable[[], Contender]]]:
     """Every contender over fp16 or FP8 by name and kind, and how to make it; making one that cannot be had raises."""
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+    for backend, must in BACKENDS.items():
         name = f"torch SDPA, {backend.name.split('_')[0].lower()}"
-        yield name, FP16, partial(plain.contender, name, partial(_sdpa, backend))
+        yield name, FP16, partial(plain.contender, name, partial(_sdpa, backend), must)
     yield "split-KV, Triton", FP16, partial(_split, plain)
     for kind in (FP16, FP8):
         yield f"FlashInfer, {kind}", kind, partial(_installed, FLASH_INFER, partial(_flashinfer, plain, kind))
@@ -180,6 +196,8 @@ def ours(method: str, shape: Shape, device: torch.device, toy: bool) -> Contende
     layer = kernel_storage.filled(method, shape, device)
     query, scale = kernel_storage.queries(shape, device), shape.dim**-0.5
     expected, nbytes = kernel_gate.over_tiles(layer, query, scale), kernel_storage.read(layer)
+    half = kernel_gate.error(kernel_gate.over_tiles(layer, query, scale, kernel_gate.rounded), expected)
     layers = kernel_storage.twins(layer, 1 if toy else copies_for(nbytes))
     turns: list[Callable] = [partial(kernel_storage.step, each, query, scale) for each in layers]
-    return Contender(f"kvist {method}", OURS, turns, expected, nbytes, kernel=kernel_storage.kernel(layer).name)
+    limit, served = kernel_gate.limit(half), kernel_storage.kernel(layer).name
+    return Contender(f"kvist {method}", OURS, turns, expected, nbytes, limit, served)

@@ -1,6 +1,7 @@
 """What the kernel benchmark decodes from: shapes by name, and layers of ours filled by ordinary updates."""
 
 import copy
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from kvist.cache.track import Track
 from kvist.cache.view import View
 from kvist.coding import Fixed
 from kvist.kernels.choose import Choice, choose
-from kvist.kernels.contract import Operation
+from kvist.kernels.contract import Decode, Operation
 from kvist.methods import parse
 from kvist.plan import LayerPlan
+from kvist.types import Geometry
 
 CHUNK = 8192  # tokens of all rows that an update brings
 WRITTEN = 1 << 16  # tokens of all rows that are coded; further pages of a large shape are copies of theirs
@@ -200,6 +202,32 @@ def kernel(layer: Layer) -> Choice:
     request = replace(layer.request, batch=layer.batch_size)
     choice = choose(Operation.STEP, request)
     return choice if choice.run is not None else choose(Operation.PAGES, request)
+
+
+def cell(method: str, shape: Shape):
+    """The cell of the CUDA kernel that a shape's decode step is of; None where that kernel does not serve it."""
+    from kvist.kernels.cuda import attend
+
+    recipe = stand_in(parse(method), shape.heads, shape.dim)
+    plan, q = recipe.layers[0], torch.zeros(1, shape.query_heads, 1, shape.dim, dtype=torch.float16)
+    geometry = Geometry(shape.heads, shape.dim, shape.dim, q.dtype)
+    request = plan.request(geometry, recipe.page, torch.device("cuda"))
+    request = replace(request, batch=shape.batch, group=shape.query_heads // shape.heads, dtype=q.dtype)
+    if not choose(Operation.STEP, request).name.startswith("cuda"):
+        return None
+    none = torch.zeros(0, dtype=torch.int32)
+    return attend.cell(*request.sides, q, shape.heads, Decode(none, none, recipe.page, 1.0))
+
+
+def compile_ahead(methods: Sequence[str], shapes: Sequence[Shape], device: torch.device) -> None:
+    """Compile what these will ask NVRTC for, all at once."""
+    if not all(map(importlib.util.find_spec, ("cuda", "cuda.bindings"))):
+        return
+    from kvist.kernels.cuda import attend
+
+    cells = [cell(method, shape) for method in methods for shape in shapes]
+    major, minor = torch.cuda.get_device_capability(device)
+    attend.compile_ahead([made for made in cells if made is not None], 10 * major + minor)
 
 
 def step(layer: Layer, query: Tensor, scale: float) -> Tensor:

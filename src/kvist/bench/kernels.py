@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.bench import device_time, kernel_contenders, kernel_gate
+from kvist.bench import device_time, kernel_contenders, kernel_gate, kernel_storage
 from kvist.bench.kernel_contenders import FP8, FP16, OURS, Contender, Plain
 from kvist.bench.kernel_packing import rows as packing
 from kvist.bench.kernel_storage import Shape
@@ -46,7 +46,6 @@ TOY_VARIANT = "2/1:200x3"
 VARIED = ("kivi:4 group=128", "kivi:2")
 PACKED = ("kivi:4 group=128", "kivi:2", "kvquant:4 keys=post-rope outliers=0")
 ROUNDS = 50
-PATIENCE = 20e-3  # seconds per step: a contender slower than this gets a tenth of the rounds
 UNITS = {"GB/s": 1e9, "MB": 1e6}
 
 
@@ -77,7 +76,7 @@ def run(
     toy = toy or not timed
     chosen = [Shape.parse(text) for text in shapes or (TOY_SHAPES if toy else SHAPES)]
     chosen = [shape.toy() for shape in chosen] if toy else chosen
-    copied = device_time.copy_bandwidth(place) if timed else None
+    speed = device_time.read_bandwidth(place) if timed else None
     report: dict = {
         "title": f"Decode attention of one layer, {device_time.label(place)}",
         "machine": device_time.describe(place),
@@ -86,23 +85,27 @@ def run(
         "rows": [],
         "packing": [],
     }
-    if copied:
-        report["copy GB/s"] = copied / UNITS["GB/s"]
+    if speed:
+        report["read GB/s"] = speed / UNITS["GB/s"]
     with torch.no_grad():
         for method in methods if gates is None else ():
             report["gates"].append(kernel_gate.gate(method, place, toy))
             _settle(place)
         report["gates"] += gates or ()
         wrong = {found["method"]: found["failed"] for found in report["gates"] if "failed" in found}
+        if timed:
+            kernel_storage.compile_ahead(methods, chosen, place)
         for shape in chosen:
-            report["rows"] += race(shape, methods, place, rounds if timed else 0, toy, wrong, copied)
+            report["rows"] += race(shape, methods, place, rounds if timed else 0, toy, wrong, speed)
             write(report, out)
         if variants:
             varied = [method for method in VARIED if method in methods] or list(methods[:1])
-            report["rows"] += variants_of(varied, place, rounds if timed else 0, toy, copied, wrong)
+            report["rows"] += variants_of(varied, place, rounds if timed else 0, toy, speed, wrong)
             write(report, out)
             packed = [method for method in PACKED if method in methods] or list(methods[:1])
-            report["packing"] = packing(packed, place, rounds if timed else 0, toy, copied)
+            report["packing"] = packing(
+                packed, place, rounds if timed else 0, toy, device_time.copy_bandwidth(place) if timed else None
+            )
     write(report, out)
     _print(report, as_json)
     if plot:
@@ -119,7 +122,7 @@ def race(
     rounds: int,
     toy: bool,
     wrong: dict[str, str],
-    copied: float | None,
+    speed: float | None,
 ) -> list[dict]:
     """All contenders of a shape. Others share their keys and values; ours hold their own."""
     plain, made, rows = None, [], []
@@ -135,7 +138,7 @@ def race(
         _admit(name, kind, make, shape, device, made, rows)
     for method in methods:
         _admit_ours(method, shape, device, toy, wrong, made, rows)
-    rows += _rows(shape, made, device, rounds, copied)
+    rows += _rows(shape, made, device, rounds, speed)
     del made, plain, others
     _settle(device)
     return rows
@@ -146,7 +149,7 @@ def variants_of(
     device: torch.device,
     rounds: int,
     toy: bool,
-    copied: float | None,
+    speed: float | None,
     wrong: dict[str, str] | None = None,
 ) -> list[dict]:
     """Ours with pages in order, with pages anywhere, and with rows of any length, timed in turn."""
@@ -158,7 +161,7 @@ def variants_of(
             _admit_ours(
                 method, replace(shape, variant=variant), device, toy, wrong or {}, made, found, variant or "in order"
             )
-        rows = _rows(shape, made, device, rounds, copied)
+        rows = _rows(shape, made, device, rounds, speed)
         base = next((row.get("median us") for row in rows if row["variant"] == "in order"), None)
         for row in rows:
             if base and "median us" in row:
@@ -200,6 +203,7 @@ def _admit(
     """A contender that can be had and is right, or a row that says why not."""
     try:
         contender = make()
+        contender.named()
         made.append((contender, contender.error(), variant))
     except Exception as reason:
         row = {"shape": str(shape), "contender": name, "kind": kind, "device": device_time.label(device)}
@@ -209,7 +213,7 @@ def _admit(
         _settle(device)
 
 
-def _rows(shape: Shape, made: Iterable, device: torch.device, rounds: int, copied: float | None) -> list[dict]:
+def _rows(shape: Shape, made: Iterable, device: torch.device, rounds: int, speed: float | None) -> list[dict]:
     """What is known of each contender, with times if there are rounds."""
     rows, replays = [], {}
     for i, (contender, error, variant) in enumerate(made):
@@ -230,20 +234,17 @@ def _rows(shape: Shape, made: Iterable, device: torch.device, rounds: int, copie
             except Exception as reason:
                 rows[-1]["failed"] = f"capture: {kernel_gate.first_line(reason)}"
     if rounds:
-        slow = {name: replay for name, replay in replays.items() if replay.seconds() > PATIENCE}
-        times = device_time.interleaved({k: v for k, v in replays.items() if k not in slow}, rounds)
-        times |= device_time.interleaved(slow, max(3, rounds // 10))
-        for i, taken in times.items():
-            _note(rows[int(i)], device_time.spread(taken), copied or float("nan"))
+        for i, taken in device_time.interleaved(replays, rounds).items():
+            _note(rows[int(i)], device_time.spread(taken), speed or float("nan"))
         _compare(rows)
     return rows
 
 
-def _note(row: dict, times: dict[str, float], copied: float) -> None:
+def _note(row: dict, times: dict[str, float], speed: float) -> None:
     """Times, the bandwidth at which bytes were read, and how many times the least time that the bytes need."""
     seconds = times["median us"] / 1e6
     nbytes = row["MB"] * UNITS["MB"]
-    row |= times | {"GB/s": nbytes / seconds / UNITS["GB/s"], "x floor": seconds * copied / nbytes}
+    row |= times | {"GB/s": nbytes / seconds / UNITS["GB/s"], "x floor": seconds * speed / nbytes}
 
 
 def _compare(rows: list[dict]) -> None:
@@ -288,8 +289,8 @@ def sentences(report: dict) -> list[str]:
         return ["Without a GPU nothing is timed: the kernels ran in an interpreter or as CPU code, at toy sizes."]
     ours = [row["x fp16"] for row in rows if row["kind"] == OURS and "x fp16" in row]
     lines = [
-        f"Device time by graph replay, medians of {report['settings']['rounds']} rounds in turn; plain copy "
-        f"{report['copy GB/s']:.0f} GB/s. x floor: time over what reading the bytes at that speed takes.",
+        f"Device time by graph replay, medians of {report['settings']['rounds']} rounds in turn; plain read "
+        f"{report['read GB/s']:.0f} GB/s. x floor: time over what reading the bytes at that speed takes.",
     ]
     if ours:
         lines.append(f"x fp16, of ours: {min(ours):.2f} to {max(ours):.2f}, median {statistics.median(ours):.2f}.")

@@ -23,10 +23,10 @@ def draw(report: dict, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(height, min(COLUMNS, len(shapes)), squeeze=False).flatten()
     for axes, shape in zip(panels, shapes, strict=False):
-        _panel(axes, shape, [row for row in rows if row["shape"] == shape], 1e9 * report["copy GB/s"])
+        _panel(axes, shape, [row for row in rows if row["shape"] == shape], 1e9 * report["read GB/s"])
     for axes in panels[len(shapes) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{report['title']}: time of a step; line: bytes at {report['copy GB/s']:.0f} GB/s, a plain copy")
+    figure.suptitle(f"{report['title']}: time of a step; line: bytes at {report['read GB/s']:.0f} GB/s, a plain read")
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=120, format="png")
 

@@ -189,7 +189,8 @@ def kernels(
 @app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for the results, a file per stage.")] = Path("runs/gpu"),
-    budget: Annotated[float, typer.Option(min=30, help="Seconds that all of it may take.")] = 480,
+    budget: Annotated[float, typer.Option("--budget-seconds", min=30, help="That all of it may take.")] = 480,
+    plan: Annotated[str, typer.Option(help="check, kernels, models, headline, or all.")] = "all",
     json: Json = False,
 ) -> None:
     """Everything that wants a GPU: checks, kernels, whole models, the longest contexts; then which goals are met.
@@ -199,7 +200,7 @@ def gpu(
     """
     from kvist.bench import gpu as everything
 
-    everything.run(out, budget_seconds=budget, as_json=json)
+    everything.run(out, budget_seconds=budget, plan=plan, as_json=json)
 
 
 @app.command()

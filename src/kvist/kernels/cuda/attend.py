@@ -4,6 +4,8 @@ NVRTC (a wheel, no toolkit) compiles the kernel once per process, device and sha
 """
 
 import ctypes
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,22 +18,25 @@ from kvist.kernels.guard import on_its_device
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "decode.cu"
-HEADERS = tuple(f"{name}.cuh" for name in ("packed", "deal", "exact", "page", "codes", "layout", "primitives"))
+HEADERS = tuple(
+    f"{name}.cuh" for name in ("packed", "queries", "deal", "exact", "page", "codes", "layout", "primitives")
+)
 STATIC = 7 << 10  # bytes of shared memory of a block beside its rings, at most, and what the device takes itself
 MULTIPROCESSOR = 227 << 10  # bytes of shared memory of a multiprocessor, as sm_90 and sm_100 have
 MOST_SPAN = 6 << 10  # bytes: what two stages of 16 warps leave room for
-
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tuning(NamedTuple):
     """How a cell is laid out. span: tokens of a packed page that a warp fetches at a time; stages: of its ring; warps
-    of a block; blocks: that a multiprocessor holds at once, by registers and shared memory."""
+    of a block; blocks: that a multiprocessor holds at once, by registers and shared memory; copies: see `layout.cuh`.
+    """
 
     span: int
     stages: int
     warps: int = 8
     blocks: int = 2
+    copies: int = 1
 
 
 class Cell(NamedTuple):
@@ -64,10 +69,13 @@ class Cell(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        """Two or three spans under way in each of 16 warps, where shared memory allows: copies hide behind them."""
+        """Two spans and more under way in each of 16 warps, where shared memory allows: they hide what copies take."""
         span = next(n for n in (64, 32, 16) if n == 16 or self.span_bytes(n) <= MOST_SPAN)
         stages = max(2, min(4, (MULTIPROCESSOR // 2 - STATIC) // (8 * self.span_bytes(span))))
-        return Tuning(span, stages)
+        copies = 1
+        if span == 64 and self.KR == 0:  # measured on an H200: many small ranges ride better in pieces
+            copies = 0 if self.KG == 32 else 2
+        return Tuning(span, stages, copies=copies)
 
     def shared(self, tuning: Tuning, blocks: int = 0) -> int:
         """Bytes of dynamic shared memory of a block: its rings, and later its warps' parts or those of `blocks`."""
@@ -83,8 +91,10 @@ def cell(key: Traits, value: Traits, q: Tensor, heads: int, call: Decode) -> Cel
     return Cell(
         key.bits, value.bits, key.group if key.along == "tokens" else 32, value.group or dim, call.page, heads,
         q.shape[1] // heads * q.shape[2], q.shape[2], TYPES.index(q.dtype),
-        SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim, KR=int(key.along == "channels"),
-        KA=int(key.across_heads), VA=int(value.across_heads), TURN=int(key.hadamard),
+        SOFTCAP=int(bool(call.softcap)), LOGIT=int(call.sink is not None), D=dim,
+        KR=2 if key.range == "fixed" else int(key.along == "channels"), KA=int(key.across_heads),
+        VA=int(value.across_heads), KT=int(key.levels == "table"), VT=int(value.levels == "table"),
+        TURN=int(key.hadamard),
     )  # fmt: skip
 
 
@@ -93,11 +103,14 @@ def macros_of(tuning: Tuning) -> dict[str, int]:
     return {name.upper(): number for name, number in tuning._asdict().items()}
 
 
-def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None) -> bytes:
-    """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. Raises RuntimeError with the compiler's words."""
+@cache
+def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None, counted: bool = False) -> bytes:
+    """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. counted: of whole packed spans alone, which is no
+    kernel. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
-    macros = made._asdict() | macros_of(tuning or made.tuning) | {"BULK": int(arch >= 90)}
+    tuning = tuning or made.tuning
+    macros = made._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0)) | {"COUNTED": int(counted)}
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
     headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
@@ -115,10 +128,24 @@ def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = N
     return code
 
 
+def compile_ahead(cells: Iterable[Cell], arch: int) -> None:
+    """Compile several cells side by side; what fails is told when it is asked for."""
+    with ThreadPoolExecutor() as pool:
+        for task in [pool.submit(compiled, made, arch) for made in dict.fromkeys(cells)]:
+            task.exception()
+
+
 def _ok(answer: tuple) -> tuple:
     if int(answer[0]):
         raise RuntimeError(f"the CUDA driver or compiler refused: {answer[0]!r}")
     return answer
+
+
+def fitted(made: Cell, tuning: Tuning, block: int, multiprocessor: int) -> Tuning:
+    """As many warps and blocks as shared memory holds: bytes of a block and of a multiprocessor, at most."""
+    while tuning.warps > 1 and made.shared(tuning) + STATIC > block:
+        tuning = tuning._replace(warps=tuning.warps // 2)
+    return tuning._replace(blocks=max(1, min(tuning.blocks, multiprocessor // (made.shared(tuning) + STATIC))))
 
 
 class Loaded(NamedTuple):
@@ -135,12 +162,10 @@ def _loaded(made: Cell, device: int, tuning: Tuning | None = None) -> Loaded:
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     chip = torch.cuda.get_device_properties(device)
-    tuning = tuning or made.tuning
+    most = chip.shared_memory_per_block_optin, chip.shared_memory_per_multiprocessor
+    tuning = fitted(made, tuning or made.tuning, *most)
     grid = chip.multi_processor_count * tuning.blocks
     shared = made.shared(tuning, grid)
-    while tuning.blocks > 1 and tuning.blocks * (shared + STATIC) > chip.shared_memory_per_multiprocessor:
-        tuning = tuning._replace(blocks=tuning.blocks - 1)
-        grid = chip.multi_processor_count * tuning.blocks
     major, minor = torch.cuda.get_device_capability(device)
     _, module = _ok(driver.cuModuleLoadData(compiled(made, 10 * major + minor, tuning=tuning)))
     _, function = _ok(driver.cuModuleGetFunction(module, b"decode"))

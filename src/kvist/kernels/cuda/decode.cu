@@ -8,76 +8,7 @@
 #include "packed.cuh"
 
 constexpr int THREADS = WARPS * 32, QUADS = ROWS * D / 4;  // fours of numbers of a cell's output
-constexpr int FLIGHT = 12;                                 // parts that a thread asks for before it adds the first
-constexpr int LANE = D / 32;                               // channels of a lane where a warp holds a row
-
-// A row spread over a warp, LANE neighbouring channels a lane, turned by Hadamard's matrix.
-__device__ __forceinline__ void turn_row(float* x, int lane) {
-#pragma unroll
-  for (int bit = 1; bit < LANE; bit *= 2)
-#pragma unroll
-    for (int j = 0; j < LANE; j++)
-      if (!(j & bit)) {
-        const float a = x[j], e = x[j + bit];
-        x[j] = a + e, x[j + bit] = a - e;
-      }
-#pragma unroll
-  for (int o = 1; o < 32; o *= 2)
-#pragma unroll
-    for (int j = 0; j < LANE; j++) {
-      const float y = __shfl_xor_sync(~0u, x[j], o);
-      x[j] = lane & o ? y - x[j] : x[j] + y;
-    }
-#pragma unroll
-  for (int j = 0; j < LANE; j++) x[j] *= rsqrtf((float)D);
-}
-__device__ __forceinline__ float lanes_sum(float x) {
-#pragma unroll
-  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
-  return x;
-}
-// The power of two that brings numbers up to `high` below 1.
-__device__ __forceinline__ float shrinking(float high) {
-  const int e = (int)(__float_as_uint(high) >> 23) - 127;
-  return high > 0 ? power(max(-126, min(126, -1 - e))) : 1;
-}
-
-// The queries of a cell, a row per warp at a time.
-__device__ __forceinline__ void load_queries(const Call& c, Queries& q, int b, int head, int warp, int lane) {
-  for (int r = warp; r < 8; r += WARPS) {
-    float x[LANE] = {}, high = 0;
-    if (r < ROWS)
-#pragma unroll
-      for (int j = 0; j < LANE; j++) x[j] = widen(c.q[(((u64)b * HEADS + head) * ROWS + r) * D + LANE * lane + j]);
-#pragma unroll
-    for (int j = 0; j < LANE; j++) high = fmaxf(high, fabsf(x[j]));
-    float by = shrinking(over_lanes(high)), added = 0, sum = 0;
-    const float unit = c.scale * 1.442695041f;
-#pragma unroll
-    for (int j = 0; j < LANE; j++)
-      q.exact[r * QROW + LANE * lane + j] = BRAIN ? to_brain(x[j] * by) : to_half(x[j] * by);
-    if (lane == 0) q.exact_unit[r] = unit / by;
-    if (APART) {
-      if (TURN) turn_row(x, lane);
-      high = 0;
-#pragma unroll
-      for (int j = 0; j < LANE; j++) {
-        const int d = head * D + LANE * lane + j;
-        if (KR == 2) added += x[j] * c.k.fixed_offset[d], x[j] *= c.k.fixed_scale[d];
-        high = fmaxf(high, fabsf(x[j]));
-      }
-      by = shrinking(over_lanes(high));
-#pragma unroll
-      for (int j = 0; j < LANE; j++) q.packed[r * QROW + LANE * lane + j] = to_half(x[j] * by);
-    }
-    if (KR == 1) {
-#pragma unroll
-      for (int j = 0; j < LANE; j++) sum += number(q.meeting_packed()[r * QROW + LANE * lane + j]);
-    }
-    sum = KR == 1 ? lanes_sum(sum) * (unit / by) : KR == 2 ? lanes_sum(added) * unit : 0;
-    if (lane == 0) q.packed_unit[r] = unit / by, q.added[r] = sum;
-  }
-}
+constexpr int FLIGHT = 8;                                  // parts that a thread asks for before it adds the first
 
 // Four numbers o of a row of the output, of parts whose scores reach m and whose weights sum to l; `rows`: room for all.
 __device__ __forceinline__ void put(const Call& c, float* rows, const Cell& x, int quad, float m, float l, const float* o) {
@@ -110,7 +41,7 @@ __device__ __forceinline__ void turn_output(const Call& c, const float* rows, co
 }
 
 // The parts of several blocks to a cell's output, by the last block to arrive.
-__device__ __forceinline__ void merge(const Call& c, const Deal& deal, const Cell& x, char* memory, float* m, float* l,
+__device__ __noinline__ void merge(const Call& c, const Deal& deal, const Cell& x, char* memory, float* m, float* l,
                                       int warp, int lane) {
   constexpr int GROUPS = THREADS > QUADS ? THREADS / QUADS : 1;
   const int from = deal.block_of(x.begin), n = deal.block_of(x.end - 1) - from + 1;
@@ -137,13 +68,12 @@ __device__ __forceinline__ void merge(const Call& c, const Deal& deal, const Cel
       float4 y[FLIGHT];
 #pragma unroll
       for (int i = 0; i < FLIGHT; i++)
-        if (first + i * GROUPS < n) y[i] = *(const float4*)(c.part + place(first + i * GROUPS) * ROWS * D + 4 * quad);
+        y[i] = *(const float4*)(c.part + place(min(first + i * GROUPS, n - 1)) * ROWS * D + 4 * quad);
 #pragma unroll
-      for (int i = 0; i < FLIGHT; i++)
-        if (first + i * GROUPS < n) {
-          const float by = w[(first + i * GROUPS) * ROWS + r];
-          o[0] += y[i].x * by, o[1] += y[i].y * by, o[2] += y[i].z * by, o[3] += y[i].w * by;
-        }
+      for (int i = 0; i < FLIGHT; i++) {
+        const float by = first + i * GROUPS < n ? w[(first + i * GROUPS) * ROWS + r] : 0;
+        o[0] += y[i].x * by, o[1] += y[i].y * by, o[2] += y[i].z * by, o[3] += y[i].w * by;
+      }
     }
     if (GROUPS == 1)
       put(c, rows, x, quad, m[r], l[r], o);
@@ -174,9 +104,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
   const Deal deal = dealt(c, gridDim.x, lane);
   if (block >= deal.blocks) return;
   Ring ring = {memory + warp * STAGES * SPAN_BYTES, shared_address(bars + warp * STAGES), 0, 0};
-#if BULK
+#if COPIES
   if (lane == 0) {
-    for (int s = 0; s < STAGES; s++) barrier_init(ring.bars + 8 * s);
+    for (int s = 0; s < STAGES; s++) barrier_init(ring.bars + 8 * s, ARRIVALS);
     barriers_made();
   }
   __syncwarp();
@@ -186,11 +116,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
     const Cell x = cell_of(c, at, lane);
     const int last = min(stop, x.end), parts = deal.block_of(x.end - 1) - deal.block_of(x.begin) + 1;
     float* so = (float*)memory;  // (WARPS, ROWS, D), in the place of the rings
-    load_queries(c, q, x.b, x.head, warp, lane);
     {
+      Asked asked;
+      asked.load(c, x.b, x.head, warp, lane);
       Walk me;
       const int turn = (at - start) % WARPS;  // warps go on where they stopped in the cell before
-      share(c, me, q, ring, x, at - x.begin + (warp - turn + WARPS) % WARPS, last - x.begin, lane);
+      share(c, me, q, asked, ring, x, at - x.begin + (warp - turn + WARPS) % WARPS, last - x.begin, warp, lane);
       __syncthreads();  // the rings are free
       leave(me, so + warp * ROWS * D, sm + warp * 8, sl + warp * 8);
     }

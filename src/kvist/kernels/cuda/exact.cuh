@@ -30,40 +30,45 @@ __device__ __forceinline__ void decoded(const Side& s, u64 page, int head, int s
   const char *at = row + d % wide, *thin = row + wide + d % THIN;
   const u32 word = (N == 2 ? half_at(at) : *(const u32*)at) >> (low * (d / wide));
   const u32 above = high ? (N == 2 ? half_at(thin) : *(const u32*)thin) >> (d / THIN) : 0;
+  float scale = 0, offset = 0;
+  u32 scales[2], offsets[2];
+  if (KEY && KR == 0) {
+    const u64 place = ((page * HEADS + head) * (PAGE / KG) + slot / KG) * D + d;
+    words<N / 2>(s.scale + 2 * place, scales), words<N / 2>(s.offset + 2 * place, offsets);
+  } else if (!KEY || KR == 1) {
+    const u64 alone = (KEY ? KA : VA) ? page * PAGE + slot : token, place = KEY ? alone : alone * NG + d / VG;
+    scale = number(((const u16*)s.scale)[place]), offset = number(((const u16*)s.offset)[place]);
+  }
 #pragma unroll
   for (int i = 0; i < N; i++) {
     const u32 code = (word >> (8 * i) & ((1 << low) - 1)) | (high ? (above >> (8 * i) & 1) << low : 0);
-    const int c = d + i;
-    float scale, offset;
-    if (KEY && KR == 2) {
-      scale = s.fixed_scale[head * D + c], offset = s.fixed_offset[head * D + c];
-    } else {
-      const u64 alone = (KEY ? KA : VA) ? page * PAGE + slot : token;
-      const u64 place = !KEY ? alone * NG + c / VG : KR ? alone : ((page * HEADS + head) * (PAGE / KG) + slot / KG) * D + c;
-      scale = number(((const u16*)s.scale)[place]), offset = number(((const u16*)s.offset)[place]);
+    if (KEY && KR == 2) scale = s.fixed_scale[head * D + d + i], offset = s.fixed_offset[head * D + d + i];
+    if (KEY && KR == 0) {
+      scale = number((u16)(scales[i / 2] >> (i % 2 * 16))), offset = number((u16)(offsets[i / 2] >> (i % 2 * 16)));
     }
     x[i] = (KEY ? KT : VT) ? s.points[code] * scale + offset : code * scale + offset;
   }
 }
 
-// Channels d to d + N - 1 of one token as words of pairs: from `row`, or decoded where it is none. `by`: what fp32
-// numbers are multiplied with before they become halves.
-template <bool KEY, bool PACKED, int N>
-__device__ __forceinline__ void taken(const Side& s, const Scalar* row, u64 page, int head, int slot, int d, float by,
-                                      u32* x) {
+// Channels d to d + N - 1 of one packed token as words of pairs.
+template <bool KEY, int N>
+__device__ __forceinline__ void packed_words(const Side& s, u64 page, int head, int slot, int d, u32* x) {
   float y[N];
-  if (PACKED) {
 #pragma unroll
-    for (int i = 0; i < N; i += (N == 2 ? 2 : 4)) decoded<KEY, N == 2 ? 2 : 4>(s, page, head, slot, d + i, y + i);
-  } else if (TYPE == 2) {
-#pragma unroll
-    for (int i = 0; i < N; i++) y[i] = widen(row[d + i]) * by;
-  } else {
-    words<N / 2>((const char*)(row + d), x);
-    return;
-  }
+  for (int i = 0; i < N; i += N == 2 ? 2 : 4) decoded<KEY, N == 2 ? 2 : 4>(s, page, head, slot, d + i, y + i);
 #pragma unroll
   for (int i = 0; i < N / 2; i++) x[i] = halves(y[2 * i], y[2 * i + 1]);
+}
+
+// The same of an exact one. `by`: what fp32 numbers are multiplied with before they become halves.
+template <int N>
+__device__ __forceinline__ void exact_words(const Scalar* row, float by, u32* x) {
+#if TYPE == 2
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) x[i] = halves(row[2 * i] * by, row[2 * i + 1] * by);
+#else
+  words<N / 2>((const char*)row, x);
+#endif
 }
 
 // A power of two that brings the largest of some fp32 rows to 2^14 at most; 1 for other types.
@@ -107,89 +112,117 @@ __device__ __forceinline__ void product(float* c, const u32* a, u32 b0, u32 b1) 
     mma(c, a, b0, b1);
 }
 
-// q: queries as rows of 16-bit numbers; `by`: what scores come out larger by.
-template <bool PACKED>
-__device__ __forceinline__ void slice_scores(const Slice& x, const u16* q, int g, int t, float* s, float& by) {
-  const Scalar* rows[2] = {};
-  u64 page[2] = {};
+// Exact rows are on their way to the second-level cache before anybody waits for them: 128 bytes a lane.
+__device__ __forceinline__ void touch(const Slice& x, int lane) {
+  constexpr int LINES = D * sizeof(Scalar) / 128;
 #pragma unroll
-  for (int h = 0; h < 2; h++)
-    if (PACKED)
-      page[h] = x.c.k.table[(u64)x.b * x.c.k_width + x.position(g + 8 * h) / PAGE];
-    else
-      rows[h] = x.exact(x.c.k, g + 8 * h);
-  by = PACKED ? 1 : fitting<2, 8>(rows, 2 * t);
-  u32 k[2][D / 8];
-#pragma unroll
-  for (int h = 0; h < 2; h++)
-#pragma unroll
-    for (int i = 0; i < D / 32; i++)
-      taken<true, PACKED, 8>(x.c.k, rows[h], page[h], x.head, x.position(g + 8 * h) % PAGE, 32 * i + 8 * t, by, k[h] + 4 * i);
-  s[0] = s[1] = s[2] = s[3] = 0;
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const uint2 y = *(const uint2*)(q + g * QROW + i / 2 * 32 + 8 * t + i % 2 * 4);
-    const u32 a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]};
-    product<BRAIN && !PACKED>(s, a, y.x, y.y);
+  for (int n = lane; n < 16 * LINES; n += 32) {
+    if (!x.span || x.row.kf < x.row.vf) prefetch((const char*)x.exact(x.c.k, n / LINES) + n % LINES * 128);
+    if (!x.span || x.row.vf < x.row.kf) prefetch((const char*)x.exact(x.c.v, n / LINES) + n % LINES * 128);
   }
 }
 
+// Keys g and g + 8 as operands, and how much larger they are than they should be.
 template <bool PACKED>
-__device__ __forceinline__ void slice_values(const Slice& x, Walk& me, const float* w) {
-  constexpr bool bf = BRAIN && !PACKED;
+__device__ __forceinline__ float take_keys(const Slice& x, u32 (*k)[D / 8], int g, int t) {
+  const Scalar* rows[2] = {};
+#pragma unroll
+  for (int h = 0; h < 2; h++) rows[h] = x.exact(x.c.k, g + 8 * h);
+  const float by = PACKED ? 1 : fitting<2, 8>(rows, 2 * t);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int p = x.position(g + 8 * h);
+    const u64 page = PACKED ? x.c.k.table[(u64)x.b * x.c.k_width + p / PAGE] : 0;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+      if (PACKED)
+        packed_words<true, 8>(x.c.k, page, x.head, p % PAGE, 32 * i + 8 * t, k[h] + 4 * i);
+      else
+        exact_words<8>(rows[h] + 32 * i + 8 * t, by, k[h] + 4 * i);
+  }
+  return by;
+}
+
+// Values 2t, 2t + 1, 2t + 8, 2t + 9, likewise.
+template <bool PACKED>
+__device__ __forceinline__ float take_values(const Slice& x, u32 (*v)[STEPS], int g, int t) {
   constexpr int N = VBYTES == 2 ? 2 : 4;
   const Scalar* rows[4] = {};
-  u64 page[4] = {};
-  int slot[4];
+#pragma unroll
+  for (int n = 0; n < 4; n++) rows[n] = x.exact(x.c.v, 2 * t + n % 2 + n / 2 * 8);
+  const float by = PACKED ? 1 : fitting<4, 16>(rows, 2 * g);
 #pragma unroll
   for (int n = 0; n < 4; n++) {
-    const int i = 2 * me.t + n % 2 + n / 2 * 8;
-    slot[n] = x.position(i) % PAGE;
-    if (PACKED)
-      page[n] = x.c.v.table[(u64)x.b * x.c.v_width + x.position(i) / PAGE];
-    else
-      rows[n] = x.exact(x.c.v, i);
-  }
-  const float by = PACKED ? 1 : fitting<4, 16>(rows, 2 * me.g);
-  u32 v[4][STEPS];
-#pragma unroll
-  for (int n = 0; n < 4; n++)
+    const int p = x.position(2 * t + n % 2 + n / 2 * 8);
+    const u64 page = PACKED ? x.c.v.table[(u64)x.b * x.c.v_width + p / PAGE] : 0;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      if (N == 4 && i / VF % 2) continue;
-      u32 y[2];
-      taken<false, PACKED, N>(x.c.v, rows[n], page[n], x.head, slot[n], value_channel(me.g, i), by, y);
-      v[n][i] = y[0];
-      if (N == 4) v[n][i + VF < STEPS ? i + VF : i] = y[1];
+      if (N == 4 && i / VF % 2) continue;  // comes with the one before
+      u32 z[2];
+      if (PACKED)
+        packed_words<false, N>(x.c.v, page, x.head, p % PAGE, value_channel(g, i), z);
+      else
+        exact_words<N>(rows[n] + value_channel(g, i), by, z);
+      v[n][i] = z[0];
+      if (N == 4) v[n][i + VF < STEPS ? i + VF : i] = z[1];
     }
-  const u32 b0 = transposed(bf ? brains(w[0], w[1]) : halves(w[0], w[1]));
-  const u32 b1 = transposed(bf ? brains(w[2], w[3]) : halves(w[2], w[3]));
-  const u32 one = bf ? 0x3F803F80u : 0x3C003C00u, ones[4] = {0, one, 0, one};
-  product<bf>(me.zero, ones, b0, b1);
+  }
+  return by;
+}
+
+// Scores of packed or exact keys (BF: as bfloat16).
+template <bool BF>
+__device__ __forceinline__ void slice_scores(const u32 (*k)[D / 8], const u16* q, int g, int t, float* s) {
+  float e[4] = {0, 0, 0, 0};
+  s[0] = s[1] = s[2] = s[3] = 0;
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {  // two chains
+    const uint2 y = *(const uint2*)(q + g * QROW + i / 2 * 32 + 8 * t + i % 2 * 4);
+    const u32 a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]};
+    if (i % 2)
+      product<BF>(e, a, y.x, y.y);
+    else
+      product<BF>(s, a, y.x, y.y);
+  }
+#pragma unroll
+  for (int k = 0; k < 4; k++) s[k] += e[k];
+}
+
+template <bool BF>
+__device__ __forceinline__ void slice_values(const u32 (*v)[STEPS], float by, Walk& me, const float* w) {
+  const u32 b0 = transposed(BF ? brains(w[0], w[1]) : halves(w[0], w[1]));
+  const u32 b1 = transposed(BF ? brains(w[2], w[3]) : halves(w[2], w[3]));
+  const u32 one = BF ? 0x3F803F80u : ONES, ones[4] = {0, one, 0, one};
+  product<BF>(me.zero, ones, b0, b1);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
     const u32 a[4] = {prmt(v[0][i], v[1][i], 0x5410), prmt(v[0][i], v[1][i], 0x7632),
                       prmt(v[2][i], v[3][i], 0x5410), prmt(v[2][i], v[3][i], 0x7632)};
     float y[4] = {0, 0, 0, 0};
-    product<bf>(y, a, b0, b1);
+    product<BF>(y, a, b0, b1);
     const float unit = (float)(1 << value_shift(i)) / V_UNIT / by;  // as if they were codes
 #pragma unroll
     for (int k = 0; k < 4; k++) me.acc[i][k] += y[k] * unit;
   }
 }
 
-// Slice number n of a row and head. qe, qp: queries that meet exact and packed keys; fe: units of the first, in log2.
-__device__ __forceinline__ void read_slice(const Call& c, Walk& me, const u16* qe, const u16* qp, const float* fe,
-                                           const float* fp, const Row& row, int b, int head, int n) {
+__device__ __forceinline__ Slice slice_of(const Call& c, const Row& row, int b, int head, int n) {
   const bool span = n >= row.exact_slices();
-  const Slice x = {c, row, b, head, 16 * (span ? n - row.exact_slices() : n), span ? row.span() : row.exact(), span};
-  const bool k_packed = span && row.kf > row.vf, v_packed = span && row.vf > row.kf;
-  const float* f = k_packed ? fp : fe;
+  return {c, row, b, head, 16 * (span ? n - row.exact_slices() : n), span ? row.span() : row.exact(), span};
+}
+
+// q and f: queries that meet such keys, and their units in log2.
+__device__ __forceinline__ void read_slice(Walk& me, const Slice& x, bool k_packed, bool v_packed, const u16* q,
+                                           const float* f) {
   float s[4], by;
-  if (k_packed)
-    slice_scores<true>(x, qp, me.g, me.t, s, by);
-  else
-    slice_scores<false>(x, qe, me.g, me.t, s, by);
+  {
+    u32 k[2][D / 8];
+    by = k_packed ? take_keys<true>(x, k, me.g, me.t) : take_keys<false>(x, k, me.g, me.t);
+    if (BRAIN && !k_packed)
+      slice_scores<true>(k, q, me.g, me.t, s);
+    else
+      slice_scores<false>(k, q, me.g, me.t, s);
+  }
   const float f0 = f[2 * me.t] / by, f1 = f[2 * me.t + 1] / by;
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -202,8 +235,10 @@ __device__ __forceinline__ void read_slice(const Call& c, Walk& me, const u16* q
   expect_scores(me, fmaxf(s[0], s[2]), fmaxf(s[1], s[3]));
 #pragma unroll
   for (int k = 0; k < 4; k++) s[k] = s[k] > NONE ? ex2(s[k] + (k % 2 ? me.base1 : me.base0)) : 0;
-  if (v_packed)
-    slice_values<true>(x, me, s);
+  u32 v[4][STEPS];
+  by = v_packed ? take_values<true>(x, v, me.g, me.t) : take_values<false>(x, v, me.g, me.t);
+  if (BRAIN && !v_packed)
+    slice_values<true>(v, by, me, s);
   else
-    slice_values<false>(x, me, s);
+    slice_values<false>(v, by, me, s);
 }

@@ -3,7 +3,8 @@
 // Constants, for keys (K…) and values (V…): B bits; T: levels of a table, or uniform; G tokens (keys) or channels
 // (values) that share a range; KR: what a range of keys spans: 0 KG tokens of a channel, 1 the channels of a token, 2 all
 // tokens of a channel, known beforehand; A: ranges that heads share. D channels; PAGE tokens; SPAN of them at a time;
-// HEADS; TYPE of queries and exact tokens (0 fp16, 1 bf16, 2 fp32); TURN: stored in Hadamard's space; BULK copies (sm_90).
+// HEADS; TYPE of queries and exact tokens (0 fp16, 1 bf16, 2 fp32); TURN: stored in Hadamard's space; COPIES:
+// 0 of 16 bytes (sm_80), 1 whole arrays at a time, 2 codes so and ranges by 16 bytes.
 #pragma once
 
 typedef unsigned int u32;
@@ -92,12 +93,28 @@ __device__ __forceinline__ const char* source(const Copy& x, int page, int span)
   return x.from + page * x.stride + ahead;
 }
 
-#if BULK
-// Bring a span to `to`; `page`: the place in its pool that the lane's table names.
-__device__ __forceinline__ void fetch(const Copy& mine, u32 to, u32 barrier, int page, int span, int lane) {
-  if (lane == 0) expect(barrier, SPAN_BYTES);
+#if COPIES
+constexpr int ARRIVALS = COPIES == 2 ? 33 : 1;  // at a span's barrier
+// Bring a span to `to`; `page`: the place in its pool that the lane's table names. Ranges are small: they may come by
+// copies of 16 bytes.
+__device__ __forceinline__ void fetch(const Call& c, const Copy& mine, u32 to, u32 barrier, int page, int span, int b,
+                                      int head, int lane) {
+  if (lane == 0) expect(barrier, COPIES == 2 ? KS : SPAN_BYTES);
   __syncwarp();
-  if (lane < 6 && mine.bytes) bulk(to + mine.to, source(mine, page, span), mine.bytes, barrier);
+  if (lane < 6 && mine.bytes && (COPIES == 1 || lane % 3 == 0)) bulk(to + mine.to, source(mine, page, span), mine.bytes, barrier);
+#if COPIES == 2
+  const int pages[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 3)};
+#pragma unroll
+  for (int array = 1; array < 6; array++) {
+    if (array == 3) continue;
+    const Copy x = copy_of(c, array, b, head);
+    const char* from = source(x, pages[array / 3], span);
+#pragma unroll
+    for (u32 i = 0; i < x.bytes; i += 512)
+      if (i + lane * 16 < x.bytes) copy_16(to + x.to + i + lane * 16, from + i + lane * 16);
+  }
+  copies_arrive(barrier);
+#endif
 }
 #else
 __device__ __forceinline__ void fetch(const Call& c, char* to, int span, int b, int head, int lane) {

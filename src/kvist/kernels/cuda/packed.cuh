@@ -1,18 +1,10 @@
 // A warp's share of a cell: slices of exact tokens, then spans of packed ones that come through a ring of its own.
 //
-// Constants, beside those of page.cuh: WARPS of a block, STAGES of its rings.
+// Constants, beside those of page.cuh: WARPS of a block, STAGES of its rings; COUNTED: whole spans alone, so that machine
+// code can be counted.
 #pragma once
 
-#include "deal.cuh"
-
-constexpr int LIFT = 12;  // of queries before scales are known
-constexpr bool APART = KR == 2 || TURN || TYPE == 1;  // packed keys meet other queries than exact ones
-
-struct Queries {  // of a cell, in shared memory; rows of 16-bit numbers, and units of them in log2
-  u16 exact[8 * QROW], packed[APART ? 8 * QROW : 8];
-  float exact_unit[8], packed_unit[8], added[8];
-  __device__ __forceinline__ const u16* meeting_packed() const { return APART ? packed : exact; }
-};
+#include "queries.cuh"
 
 struct Ring {  // one warp's; lives as long as the block
   char* memory;
@@ -21,7 +13,7 @@ struct Ring {  // one warp's; lives as long as the block
 
 // Wait until the oldest span under way is there.
 __device__ __forceinline__ void span_is_there(const Ring& r) {
-#if BULK
+#if COPIES
   await(r.bars + 8 * r.stage, r.phase);
 #else
   copies_wait<STAGES - 1>();
@@ -31,6 +23,8 @@ __device__ __forceinline__ void span_is_there(const Ring& r) {
 
 __device__ __forceinline__ void begin(Walk& me, const Call& c, int lane) {
   me.g = lane / 4, me.t = lane % 4;
+  if (KT) me.k_points.load(c.k.points);
+  if (VT) me.v_points.load(c.v.points);
   me.m0 = me.m1 = NONE, me.cap = c.softcap * 1.442695041f;
   me.k_most = me.v_most = -1, me.k_lift = LIFT, me.v_lift = 0;
   me.base0 = me.base1 = -NONE;
@@ -87,62 +81,64 @@ __device__ __forceinline__ void turn_sums(Walk& me) {
     for (int k = 0; k < 4; k++) me.acc[i][k] *= rsqrtf((float)D);
 }
 
-// Units `my`, my + WARPS, … below `last` of a cell, `my` the warp's first.
-__device__ __forceinline__ void share(const Call& c, Walk& me, const Queries& q, Ring& ring, const Cell& x, int my,
-                                      int last, int lane) {
-  const int slices = x.row.slices(), limit = x.row.low();
+// A warp's units of a cell: my, my + WARPS, … below `last`; slices of exact tokens first, then spans.
+__device__ __forceinline__ void share(const Call& c, Walk& me, Queries& q, Asked& asked, Ring& ring, const Cell& x,
+                                      int my, int last, int warp, int lane) {
+  const int slices = x.row.slices(), spans = (x.row.low() + SPAN - 1) / SPAN;
   const int ahead = my < slices ? (slices - my + WARPS - 1) / WARPS : 0;
   const int exact = max(0, (min(last, slices) - my + WARPS - 1) / WARPS);  // slices of this warp
-  const int first = my + ahead * WARPS - slices;                          // its first span
-  const int n = max(0, (min(last - slices, (limit + SPAN - 1) / SPAN) - first + WARPS - 1) / WARPS);
-  begin(me, c, lane);
-#if BULK
+  const int first = my + ahead * WARPS - slices;                          // its first span, of n
+  const int n = max(0, (min(last - slices, spans) - first + WARPS - 1) / WARPS);
+#if COPIES
   const Copy mine = copy_of(c, min(lane, 5), x.b, x.head);
-  u32 to = ring.stage;
+  int next = n ? mine.table[first / PARTS] : 0;  // each is asked for before it is needed
   for (int i = 0; i < min(STAGES, n); i++) {
-    const int span = first + i * WARPS;
-    fetch(mine, shared_address(ring.memory) + to * SPAN_BYTES, ring.bars + 8 * to, mine.table[span / PARTS], span, lane);
-    if (++to == STAGES) to = 0;
+    const int page = next, to = (ring.stage + i) % STAGES;
+    if (i + 1 < n) next = mine.table[(first + (i + 1) * WARPS) / PARTS];
+    fetch(c, mine, shared_address(ring.memory) + to * SPAN_BYTES, ring.bars + 8 * to, page, first + i * WARPS, x.b, x.head, lane);
   }
-  int next = STAGES < n ? mine.table[(first + STAGES * WARPS) / PARTS] : 0;
 #else
   for (int i = 0; i < STAGES; i++) {
-    const int to = (ring.stage + i) % STAGES;
-    if (i < n) fetch(c, ring.memory + to * SPAN_BYTES, first + i * WARPS, x.b, x.head, lane);
+    if (i < n) fetch(c, ring.memory + (ring.stage + i) % STAGES * SPAN_BYTES, first + i * WARPS, x.b, x.head, lane);
     copies_end();
   }
 #endif
+  if (exact) touch(slice_of(c, x.row, x.b, x.head, my), lane);
+  asked.make(c, q, x.head, warp, lane);
+  begin(me, c, lane);
   __syncthreads();  // queries are there
 #if TURN
   bool turned = false;
 #endif
 #pragma unroll 1
-  for (int i = 0; i < exact; i++) {
-    const int unit = my + i * WARPS;
+  for (int i = 0; i < exact && !COUNTED; i++) {
+    const Slice slice = slice_of(c, x.row, x.b, x.head, my + i * WARPS);
+    if (i + 1 < exact) touch(slice_of(c, x.row, x.b, x.head, my + (i + 1) * WARPS), lane);
+    const bool k_packed = slice.span && x.row.kf > x.row.vf, v_packed = slice.span && x.row.vf > x.row.kf;
 #if TURN  // exact values come first; from the first packed one on sums are in the other space
-    if (!turned && x.row.vf > x.row.kf && unit >= x.row.exact_slices()) turned = true, turn_sums(me);
+    if (!turned && v_packed) turned = true, turn_sums(me);
 #endif
-    read_slice(c, me, q.exact, q.meeting_packed(), q.exact_unit, q.packed_unit, x.row, x.b, x.head, unit);
+    read_slice(me, slice, k_packed, v_packed, k_packed ? q.meeting_packed() : q.exact, k_packed ? q.packed_unit : q.exact_unit);
   }
 #if TURN
   if (exact && !turned) turn_sums(me);
 #endif
   meet_packed(me, q);
-  const bool tail = limit % SPAN && n > 0 && first + (n - 1) * WARPS == limit / SPAN;
+  const int left = x.row.low() % SPAN;
+  const bool tail = left && n > 0 && first + (n - 1) * WARPS == x.row.low() / SPAN;
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
     char* span = ring.memory + ring.stage * SPAN_BYTES;
     span_is_there(ring);
-    if (tail && i == n - 1) {
-      read_span<true>(me, span, q.meeting_packed(), limit % SPAN, lane);
-    } else {
+    if (tail && i == n - 1 && !COUNTED)
+      read_span<true>(me, span, q.meeting_packed(), left, lane);
+    else
       read_span<false>(me, span, q.meeting_packed(), SPAN, lane);
-    }
     __syncwarp();
-#if BULK
+#if COPIES
     if (i + STAGES < n) {
-      fetch(mine, shared_address(span), ring.bars + 8 * ring.stage, next, first + (i + STAGES) * WARPS, lane);
-      next = mine.table[(first + min(i + STAGES + 1, n - 1) * WARPS) / PARTS];  // asked for before it is needed
+      fetch(c, mine, shared_address(span), ring.bars + 8 * ring.stage, next, first + (i + STAGES) * WARPS, x.b, x.head, lane);
+      next = mine.table[(first + min(i + STAGES + 1, n - 1) * WARPS) / PARTS];
     }
 #else
     if (i + STAGES < n) fetch(c, span, first + (i + STAGES) * WARPS, x.b, x.head, lane);
@@ -150,7 +146,7 @@ __device__ __forceinline__ void share(const Call& c, Walk& me, const Queries& q,
 #endif
     if (++ring.stage == STAGES) ring.stage = 0, ring.phase ^= 1;
   }
-#if !BULK
+#if !COPIES
   copies_wait<0>();
 #endif
 }

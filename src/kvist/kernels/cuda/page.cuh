@@ -26,10 +26,12 @@ struct Walk {
   u32 queries[2 * STEPS];  // as they meet codes; where ranges of keys change, made of shared ones each time
   float acc[STEPS][4], zero[4], centre[4], m0, m1, f0, f1, u0, u1, z0, z1, base0, base1, cap, k_most, v_most;
   int g, t, k_lift, v_lift;
+  Points<KB> k_points;
+  Points<VB> v_points;
 };
 
 // Raw scores of a chunk; `x`: of token g of its first tile, at this lane's words.
-__device__ __forceinline__ void scores(const char* row, const u32* qs, float (*s)[4], int t) {
+__device__ __forceinline__ void scores(const char* row, const u32* qs, const Points<KB>& points, float (*s)[4], int t) {
   KeyWords w[TILES];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) w[tile].load(row + 16 * tile * KROW, t);
@@ -38,7 +40,7 @@ __device__ __forceinline__ void scores(const char* row, const u32* qs, float (*s
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {  // side by side: a product need not wait for the one before
       u32 codes[4];
-      w[tile].codes(i, codes);
+      w[tile].codes(i, points, codes);
       if (i == 0)
         mma_from_zero(s[tile], codes, qs[2 * i], qs[2 * i + 1]);
       else
@@ -180,7 +182,7 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
     }
     times_scales(qs, page + KS, me.k_lift, t);
   }
-#pragma unroll 1
+#pragma unroll (COUNTED ? SPAN / CHUNK : 1)
   for (int chunk = 0; chunk < SPAN / CHUNK; chunk++) {
     float s[TILES][4], d0, d1;
     const int first = chunk * CHUNK;
@@ -195,7 +197,7 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
     } else {
       d0 = KR == 2 ? me.z0 : 0, d1 = KR == 2 ? me.z1 : 0;
     }
-    scores(page + KC + (first + g) * KROW, KR == 0 ? qs : me.queries, s, t);
+    scores(page + KC + (first + g) * KROW, KR == 0 ? qs : me.queries, me.k_points, s, t);
     float u0 = me.u0, u1 = me.u1;
     if (KR == 1) {
 #pragma unroll
@@ -246,7 +248,7 @@ __device__ __forceinline__ void read_span(Walk& me, char* page, const u16* qp, i
         mma(me.centre, ones, p0[0], p1[0]);
       }
       mma(me.zero, offsets, b0, b1);
-      add_values(me.acc, page + VC + token * VROW, g, p0, p1);
+      add_values(me.acc, me.v_points, page + VC + token * VROW, g, p0, p1);
     }
   }
 }

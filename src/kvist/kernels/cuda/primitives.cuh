@@ -63,6 +63,7 @@ __device__ __forceinline__ float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ u16 to_half(float x) {
@@ -76,8 +77,16 @@ __device__ __forceinline__ u16 to_brain(float x) {
   return r;
 }
 
-#if BULK  // copies of a whole array, told by a barrier in shared memory (sm_90)
-__device__ __forceinline__ void barrier_init(u32 b) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(b)); }
+__device__ __forceinline__ void copy_16(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+#if COPIES  // told by a barrier in shared memory (sm_90)
+__device__ __forceinline__ void barrier_init(u32 b, u32 n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n));
+}
+__device__ __forceinline__ void copies_arrive(u32 b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(b) : "memory");
+}
 __device__ __forceinline__ void barriers_made() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -97,9 +106,6 @@ __device__ __forceinline__ void await(u32 b, u32 phase) {
 }
 __device__ __forceinline__ void memory_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else  // copies of 16 bytes, in groups that their thread waits for
-__device__ __forceinline__ void copy_16(u32 to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void memory_to_copies() {}
 template <int LEFT>

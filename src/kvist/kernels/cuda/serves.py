@@ -7,7 +7,7 @@ from functools import partial
 from kvist.kernels.contract import MOST_CELLS, MOST_QUERIES, Operation, Request
 from kvist.kernels.cuda.attend import TYPES, decode
 
-BITS = (1, 2, 3, 4, 8)
+LADDERS = {"uniform": (1, 2, 3, 4, 8), "table": (2, 3, 4)}  # levels: bits
 GROUPS = (32, 64, 128)  # tokens or channels that share a range
 DIMS = (64, 128)
 ROWS = 8  # query rows per KV head: the width of a tensor core's tile
@@ -28,9 +28,9 @@ def _stored(request: Request) -> list[str]:
     """Of how keys and values lie."""
     reasons, (key, value) = [], request.sides
     for side, traits in request.named():
-        if traits.levels != "uniform" or traits.bits not in BITS:
-            reasons.append(f"{side} are not uniform numbers of {', '.join(map(str, BITS))} bits")
-        if traits.range != "minmax":
+        if traits.bits not in LADDERS.get(traits.levels, ()):
+            reasons.append(f"{side} are neither uniform numbers of 1, 2, 3, 4 or 8 bits nor tables of 2, 3 or 4")
+        if traits.range != "minmax" and (side, traits.range) != ("keys", "fixed"):
             reasons.append(f"{side} have a range of kind {traits.range}")
         if traits.outliers or traits.rotary:
             reasons.append(f"{side} keep outliers, or are stored before a rotary embedding")
