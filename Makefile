@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types bench gpu newest clean
+.PHONY: demo test lint types bench gpu newest oldest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -44,5 +44,13 @@ newest:
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]' triton numpy
 	$(VENV)-newest/bin/python -m pytest tests/kernels -n $(JOBS)
 
+# The oldest transformers that is supported: every family, the matrix of methods, and what touches its names.
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-oldest/bin/python -m pip install --quiet -e '.[dev]' transformers==5.17.0
+	$(VENV)-oldest/bin/python -m pytest tests/families tests/cache/test_generate.py tests/cache/test_exact.py \
+		tests/models tests/attention -n $(JOBS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest out
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest out
