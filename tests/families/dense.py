@@ -33,7 +33,7 @@ def log_sparse(window: int, granule: int) -> Rule:
             log, recent = recent[:window], recent[window:]
         for token in range(prompt, length):
             recent.append(token)
-            if len(recent) > 2 * window:
+            if len(recent) == 2 * window:
                 log, recent = ((log + recent[:window])[::2] if log else recent[:window]), recent[window:]
         frontier = (length - len(recent)) // granule * granule
         return set(range(frontier)) - set(log)
