@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(intermediate_size|ffn_dim|ffn_size|_ff|dff|d_inner|ffn_hidden_size)", 96),
 )
 LEFT = re.compile(
-    r"token_id|_index$|_index_|position_embeddings$|seed|chunk_size|conv_|kernel|scal|floor|original_max|label"
+    r"token_id|_index$|_index_|position_embeddings$|seed|(?<!attention_)chunk_size|conv_|kernel|scal|floor|original_max|label"
 )
 
 # what the defaults do not show, or the rules get wrong

@@ -23,6 +23,7 @@ REFUSED = {
     "blt": "does not tell its layers", "deepseek_v3": "compressed latents", "dory": "several times over a text",
     "falcon_h1": "its attention grows", "falcon_mamba": "does not grow with the context", "minimax": "a cache class of",
     "moshi": "its window bounds its cache", "openai-gpt": "takes no cache", "rwkv": "takes no cache",
+    "xlm": "fails behind a prompt", "xlstm": "without attention heads",
 }  # fmt: skip
 CANNOT = {  # what layers that drop what they held must refuse
     "gemma4_text": "its window of 24 tokens has dropped", "granitemoehybrid": "its state is a sum over all tokens",
@@ -35,7 +36,7 @@ CANNOT = {  # what layers that drop what they held must refuse
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "swept" in metafunc.fixturenames:
         every = metafunc.config.getoption("--families") == "all"
-        metafunc.parametrize("swept", FAMILIES if every else SAMPLE)
+        metafunc.parametrize("swept", FAMILIES if every else [family for family in SAMPLE if family in FAMILIES])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -65,7 +66,7 @@ def row(family: str, found: dict) -> str:
     return f"| {family} | " + "; ".join(f"{', '.join(those)}: {sentence}" for sentence, those in groups.items()) + " |"
 
 
-@pytest.mark.parametrize("family", list(REFUSED))
+@pytest.mark.parametrize("family", [family for family in REFUSED if family in FAMILIES])
 @pytest.mark.filterwarnings("ignore")
 def test_a_family_that_is_refused_is_told_the_true_reason(family):
     with pytest.raises(ValueError, match=REFUSED[family]) as caught:

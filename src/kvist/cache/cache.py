@@ -3,15 +3,16 @@
 import copy
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import CacheLayerMixin
 
-from kvist.cache import foreign, report
+from kvist.cache import report
 from kvist.cache.graph import Steps
+from kvist.cache.guard import Guard
 from kvist.cache.handle import Handle
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -62,18 +63,18 @@ class Cache(TransformersCache):
         self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
         self._check_fit(model)
         self.rows = Rows()
-        plans = iter(recipe.for_layers(len(self.describes.served)))
+        plans, kinds = iter(recipe.for_layers(len(self.describes.served))), self.describes.kinds
+        make = partial(compat.own_layer, kinds, self.describes.arguments)
         layers: list = [
-            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows) if kind == SERVED else self._foreign(i)
-            for i, kind in enumerate(self.describes.kinds)
+            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows) if kind == SERVED else make(i)
+            for i, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
         self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
+        self.guard = Guard(self.layers, kinds, make)
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `graph`
         self.upcoming: list[int] = []  # the position of each row's next token
-        self._begun: foreign.Mark | None = None  # while a forward runs, and after one that did not finish
-        self._spoilt = ""  # why the cache cannot go on
         self._listen(model)
 
     def _check_fit(self, model) -> None:
@@ -108,32 +109,13 @@ class Cache(TransformersCache):
     @property
     def ours(self) -> list[Layer]:
         """The layers that kvist stores."""
-        return [layer for layer in self.layers if isinstance(layer, Layer)]
-
-    @property
-    def others(self) -> list[tuple[int, str, CacheLayerMixin]]:
-        """Number, kind and layer of those that transformers' own cache serves."""
-        kinds = enumerate(zip(self.describes.kinds, self.layers, strict=True))
-        return [(i, kind, layer) for i, (kind, layer) in kinds if kind != SERVED]
-
-    def _foreign(self, i: int):
-        """A new layer of transformers' own for layer i."""
-        return compat.own_layer(self.describes.kinds[i], self.describes.arguments[i])
-
-    def _renew(self) -> None:
-        """Put new layers in place of those that are not ours: what these do to forget is not always enough."""
-        for i, _, old in self.others:
-            self.layers[i] = self._foreign(i)
-            if getattr(old, "record_past", False):
-                self.layers[i].activate_past_recording()
+        return self.guard.ours
 
     def hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """A forward of the model begins. Called by the hook; `announce` says the same of what no module computes."""
-        self._check_whole()
-        marks = {i: foreign.mark(layer) for i, _, layer in self.others}
-        begun = foreign.Mark(self.ours[0].slots, self.upcoming, marks)
+        begun = self.guard.marked(self.upcoming)
         self.announce(batch, slots, mask, positions)
-        self._begun = begun
+        self.guard.begun = begun
 
     def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """What the coming forward brings: slots per row, which are tokens (B, past + slots), None for all, and their
@@ -169,35 +151,12 @@ class Cache(TransformersCache):
 
     def finish(self, returned: bool) -> None:
         """The forward that was heard is over. Called by the hook. ValueError where it returned and stored nothing."""
-        expected, name = self.rows.slots, self.describes.name
-        self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
-        if not returned or self.steps is not None:
+        if self.steps is not None:
             return
-        self._begun = None
-        missed = [i for i, layer in enumerate(self.layers) if isinstance(layer, Layer) and layer.slots < expected]
-        if missed:
-            self._spoilt = (
-                f"{name} stored nothing in layer {missed[0]}, which by its config attends to the whole text: kvist "
-                "does not know this family; use transformers' own cache"
-            )
-            raise ValueError(self._spoilt)
-
-    def _check_whole(self) -> None:
-        """Refuse to go on where an earlier forward stopped half-way."""
-        if self._spoilt:
-            raise ValueError(self._spoilt)
-        if self._begun is not None and (self._changed() or any(x.slots != self._begun.slots for x in self.ours)):
-            raise ValueError(
-                "an earlier forward with this cache did not finish, so that its layers are out of step; call mend()"
-            )
-
-    def _changed(self) -> list[tuple[int, str, CacheLayerMixin]]:
-        """Of the layers that are not ours, those that hold something else than when the last forward began. Where that
-        was not heard: all that hold something, and do not count as many slots as the shortest of ours."""
-        if self._begun is None:
-            held = min(layer.slots for layer in self.ours)
-            return [other for other in self.others if foreign.held(other[2]) and foreign.seen(other[2]) != held]
-        return [(i, kind, layer) for i, kind, layer in self.others if foreign.mark(layer) != self._begun.layers[i]]
+        expected = self.rows.slots
+        self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
+        if returned:
+            self.guard.returned(expected, self.describes.name)
 
     def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
         """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
@@ -282,11 +241,8 @@ class Cache(TransformersCache):
 
     def reset(self) -> None:
         self._free()
-        for layer in self.ours:
-            layer.reset()
-        self._renew()
+        self.guard.reset()
         self.rows.runs, self.rows.slots, self._odd_step, self.upcoming = [], 0, None, []
-        self._begun, self._spoilt = None, ""
 
     def _free(self) -> None:
         if self.steps is not None:
@@ -299,50 +255,17 @@ class Cache(TransformersCache):
         cache is of no use until `reset()`.
         """
         self._free()
-        if self._spoilt:
-            raise ValueError(self._spoilt)
-        slots = [layer.slots for layer in self.ours]
-        held = min(slots) if self._begun is None else self._begun.slots
-        if self._begun is None and max(slots) == held:
-            return  # no forward began, or it was not heard and reached every layer
-        changed = self._changed() if held else []
-        for i, kind, layer in changed:
-            if reason := foreign.why_not_mended(layer, kind, held):
-                self._spoilt = (
-                    f"a forward was interrupted after it had changed layer {i} ({kind}), which cannot go back, "
-                    f"{reason}; reset() this cache and read the text again, or load a saved one"
-                )
-                raise ValueError(self._spoilt)
-        for _, kind, layer in changed:
-            foreign.crop(layer, kind, layer.get_seq_length() - held)
-        for layer in self.ours:
-            layer.crop(held - layer.slots)
-        if not held:
-            self._renew()
-        self.rows.crop(held)
-        self.upcoming = self._begun.upcoming if self._begun else self.upcoming
-        self._begun = None
+        if found := self.guard.mend():
+            self.rows.crop(found.slots)
+            self.upcoming = found.upcoming
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k). ValueError, with nothing changed, where a layer not ours cannot."""
         self._free()
-        remove, held = -int(tokens_to_remove), self.ours[0].slots  # assisted decoding of 5.17 gives a tensor
+        remove = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if remove < 0:
             raise ValueError(f"crop(-k) removes the last k tokens; found {-remove}")
-        self._check_whole()
-        for i, kind, layer in self.others:
-            if reason := foreign.why_not_cropped(layer, kind, remove, held):
-                raise ValueError(
-                    f"the last {remove} tokens cannot be removed: layer {i} ({kind}) cannot go back, {reason}; reset() "
-                    "this cache and read the text again"
-                )
-        for layer in self.ours:
-            layer.crop(-remove)
-        if remove >= held > 0:
-            self._renew()
-        else:
-            for _, kind, layer in self.others:
-                foreign.crop(layer, kind, remove)
+        self.guard.crop(remove)
         self.rows.crop(self.ours[0].slots)
         self.upcoming = [position - remove for position in self.upcoming]
 
@@ -360,7 +283,7 @@ class Cache(TransformersCache):
         self._free()
         if not self.rows.runs:
             return
-        self._check_whole()
+        self.guard.check()
         for layer in self.layers:
             layer.reorder_cache(indices)
         order = indices.tolist()
@@ -381,7 +304,7 @@ class Cache(TransformersCache):
         from kvist.cache.files import save
 
         self._check_steps()
-        self._check_whole()
+        self.guard.check()
         save(self, path)
 
     @classmethod
@@ -394,9 +317,9 @@ class Cache(TransformersCache):
     def __deepcopy__(self, memo: dict) -> "Cache":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        skipped = ("close", "_model", "_config", "_begun")  # marks tell the tensors of this cache alone
-        twin._begun = None
+        skipped = ("close", "_model", "_config")
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
+        twin.guard.begun = None  # its marks tell the tensors of this cache alone
         model = self._model()
         if model is None:
             twin._model, twin._config, twin.close = self._model, self._config, self.close

@@ -41,8 +41,8 @@ def held(layer) -> list[Tensor]:
 
 
 def mark(layer) -> tuple:
-    """Changes whenever a layer's contents do. Tensors made in inference mode count no changes: of those none is equal
-    to an earlier one."""
+    """Changes whenever a layer's contents do: it makes a new tensor before it lets go of the old, or writes into it.
+    Tensors made in inference mode count no changes: of those none is equal to an earlier one."""
     return tuple((key, _mark(value)) for key, value in vars(layer).items())
 
 
@@ -103,11 +103,8 @@ def why_not_mended(layer, kind: str, slots: int) -> str | None:
         return "what it held before is gone"
     seen, kept = layer.get_seq_length(), layer.keys.shape[-2]
     bounded = getattr(layer, "is_sliding", False) and not getattr(layer, "record_past", False)
-    if (
-        seen <= slots
-        or kept != layer.values.shape[-2]
-        or kept != (min(seen, layer.sliding_window - 1) if bounded else kept)
-    ):
+    expected = min(seen, layer.sliding_window - 1) if bounded else kept
+    if seen <= slots or not kept == layer.values.shape[-2] == expected:
         return "it was stopped half-way"
     return why_not_cropped(layer, kind, seen - slots, seen)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 
 Prefill = Literal["exact", "stored"]
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "cross_attention", "dummy"}
+_FORGETS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class Prompt(NamedTuple):
@@ -67,6 +70,7 @@ def generate(
 ) -> Iterator[Answers]:
     """The greedy answers of each contender to a batch of prompts. Prompts of unequal lengths are padded on the left.
     A context longer than `chunk` is read in chunks."""
+    check_chunks(model)
     ids, mask = _padded([prompt.context for prompt in prompts], model.device)
     states = None
     if prefill == "exact":
@@ -105,6 +109,31 @@ def forward(model, cache: TransformersCache, ids: Tensor, mask: Tensor, keep: in
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = keep
     return model(ids, use_cache=True, **cache_argument(cache), **given).logits[:, -keep:]
+
+
+@torch.no_grad()
+def check_chunks(model) -> None:
+    """ValueError for a model with recurrent layers of which transformers forgets the state when several tokens come
+    behind a prompt: what is measured in steps would say nothing of a cache. Asked once of a model."""
+    facts = describe(model)
+    if _FORGETS.get(model) is None:
+        ids = (
+            torch.arange(1, 25, device=model.device)
+            .remainder(model.config.get_text_config(decoder=True).vocab_size)
+            .unsqueeze(0)
+        )
+        mask, logits = torch.ones_like(ids), []
+        for step in (12, 1) if set(facts.kinds) - ATTENTION else ():
+            cache = DynamicCache(config=model.config)
+            read(model, cache, ids[:, :12], mask[:, :12], 12)
+            logits.append(torch.cat(list(steps(model, cache, ids, mask, 12, step)), dim=1).float())
+        _FORGETS[model] = float((logits[0] - logits[1]).abs().mean() / logits[1].std()) if logits else 0.0
+    if _FORGETS[model] > 0.1:
+        raise ValueError(
+            f"transformers computes tokens of {facts.name} that come together behind a prompt otherwise than one by "
+            f"one (logits differ by {_FORGETS[model]:.0%} of their spread), so that nothing measured in steps would "
+            "say anything of a cache; kvist does not evaluate this model"
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvist.evaluate.contenders import Contender, State, bits, fill, packed
-from kvist.evaluate.generation import forward, living, read, states_of, steps, whole
+from kvist.evaluate.generation import check_chunks, forward, living, read, states_of, steps, whole
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
 from kvist.models.compat import cache_argument
@@ -61,6 +61,7 @@ class Exact(NamedTuple):
 def exact(model, ids: Tensor, prompt: int = 0, chunk: int = 8192, padding: int = 0) -> Exact:
     """The exact side of windows int64 (B, L): once for all contenders. `padding` slots are put on the left of each
     row; the prompt is read in chunks."""
+    check_chunks(model)
     ids = torch.nn.functional.pad(ids, (padding, 0)).to(model.device)
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0

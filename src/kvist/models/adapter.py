@@ -16,6 +16,7 @@ ALIBI = ("bloom", "mpt")
 UNLIKE = {
     "dory": "runs its layers several times over a text and gives each pass keys of its own",
     "minimax": "brings a cache class of its own and takes no other",
+    "xlm": "fails behind a prompt with transformers' own caches, too",
 }
 REASONS = {
     "sliding_attention": "its window bounds its cache",
@@ -91,6 +92,8 @@ def describe(model) -> Model:
     if SERVED not in kinds:
         raise ValueError(f"{name} has no full-attention layer: {_why(kinds)}")
     served = [i for i, kind in enumerate(kinds) if kind == SERVED]
+    if not hasattr(layers[served[0]], "num_attention_heads"):
+        raise ValueError(f"{name} has layers without attention heads, by its config; kvist has nothing to store")
     shapes = tuple(_geometry(layers[i], model) for i in served)
     queries = tuple(layers[i].num_attention_heads for i in served)
     rotary = _rotary(text)

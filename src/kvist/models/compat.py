@@ -1,7 +1,7 @@
 """Differences between the releases of transformers that kvist supports (5.17 to newest)."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from transformers import cache_utils, masking_utils
@@ -40,10 +40,10 @@ def layer_types(config) -> tuple[list[str], list[dict]]:
     return types, arguments
 
 
-def own_layer(kind: str, arguments: dict):
-    """transformers' own dynamic cache layer for an attention type. A picture's keys are kept as a text's would be."""
-    kind = "full_attention" if kind == "cross_attention" else kind
-    return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+def own_layer(kinds: Sequence[str], arguments: Sequence[dict], i: int):
+    """transformers' own dynamic cache layer for layer i. A picture's keys are kept as a text's would be."""
+    kind = "full_attention" if kinds[i] == "cross_attention" else kinds[i]
+    return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments[i])
 
 
 def dequantized() -> dict:
