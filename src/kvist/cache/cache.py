@@ -126,7 +126,8 @@ class Cache(TransformersCache):
         self.upcoming = self._next(batch, slots, positions)
 
     def _forget_the_unstored(self) -> None:
-        self.rows.crop(self.ours[0].slots)
+        if self.steps is None:
+            self.rows.crop(self.ours[0].slots)
 
     def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
         """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
