@@ -151,6 +151,10 @@ def test_tokens_that_a_wrapper_adds_are_heard_if_it_says_their_mask(model):
     cache = kvist.Cache(wrapper, "int8")
     said(wrapper, cache, batch)
     assert [cache.rows.tokens(row, 42) for row in range(2)] == [length + 2 for length in LENGTHS]
+    plain = kvist.Cache(wrapper, "int8")
+    said(wrapper, plain, {"input_ids": tokens(1, 9), "attention_mask": torch.ones(1, 9)})
+    said(wrapper.inner, plain, {"input_ids": tokens(1, 1), "attention_mask": torch.ones(1, 12)})
+    assert plain.rows.dense(12)
     with pytest.raises(ValueError, match="2 x 42 tokens inside a call with 2 x 40"):
         said(silent, kvist.Cache(silent, "int8"), batch)
 

@@ -14,8 +14,8 @@ from kvist.attention.mask import lazy_mask
 from kvist.models.compat import CACHE_NAMES, takes
 from kvist.types import ATTACHED
 
-# The name of an attached attention says what it falls back to. To transformers, "sdpa" in a name means that a mask may
-# be left out, which ours decides itself; "flash" that padding is cut out, which stays true of what we fall back to.
+# The name of an attached attention says what it falls back to. "flash" in a name means something to transformers, and
+# stays; so does "sdpa", that a mask may be left out, which we decide ourselves.
 SDPA = ATTACHED
 KNOWN = "sdpa", "eager", "flex_attention"  # and flash: all compute the same as packed attention
 
@@ -104,7 +104,7 @@ def _listen_to_the_interface() -> None:
     """From the first `attach` on, whoever asks transformers for an attached attention gets one that falls back to what
     the asking module would have got: its own eager function, too, which has no name that could be looked up."""
     asked: Callable = AttentionInterface.get_interface
-    if hasattr(asked, "__wrapped__"):
+    if hasattr(asked, "knows_attached"):
         return
 
     @functools.wraps(asked)
@@ -114,4 +114,5 @@ def _listen_to_the_interface() -> None:
             return asked(self, attn_implementation, default)
         return packed_attention(own, asked(self, own, default))
 
+    vars(get_interface)["knows_attached"] = True  # a wrapper that somebody puts around this one says so, too
     AttentionInterface.get_interface = get_interface

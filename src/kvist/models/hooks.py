@@ -22,6 +22,10 @@ class Heard(NamedTuple):
     mask: Tensor | None
     positions: Tensor | None
 
+    def same(self, other: "Heard") -> bool:
+        """The same tensors, not equal ones: to compare those would cost as much as to tell again."""
+        return self[:2] == other[:2] and self.mask is other.mask and self.positions is other.positions
+
 
 class Ears:
     """Hooks on every module of `model` that takes tokens and a cache. See `watch`."""
@@ -60,7 +64,7 @@ class Ears:
             self.outer, self.heard = weakref.ref(module), call
         else:
             call = _inner(call, self.heard, type(module).__name__)
-            if all(a is b for a, b in zip(call, self.heard, strict=True)):
+            if call.same(self.heard):
                 return
             self.heard = call
         getattr(cache, self.tell)(*call)
@@ -79,10 +83,10 @@ def watch(model: nn.Module, cache, tell: str, done: str | None = None):
     and after it `done(returned)`, False where it failed.
 
     Whichever module of `model` is called, by whichever wrapper: a call inside another, of a text model by the one that
-    holds it, tells again where it says more: another mask (batch, tokens), positions, or other tokens. Modules that a
-    model builds the mask of its attention in before they are called, four-dimensional, say nothing of padding; what
-    the call around them said stands. Holds neither model nor cache alive. Returns the function that removes the hooks;
-    they also go when the cache does.
+    holds it, tells again where it says more: another mask (batch, tokens), positions, or other tokens. A
+    four-dimensional mask, which some models make before they call their text model, says nothing of padding; what the
+    call around it said stands. Holds neither model nor cache alive. Returns the function that removes the hooks; they
+    also go when the cache does.
     """
     ears = Ears(model, cache, tell, done)
     weakref.finalize(cache, ears.close)
@@ -102,12 +106,15 @@ def calling() -> str | None:
 
 def _inner(call: Heard, around: Heard, name: str) -> Heard:
     """What a call says together with the call around it."""
-    whole = isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.mask.shape[1] >= call.slots
-    mask = call.mask if whole else around.mask
+    least = around.mask.shape[1] if _flat(around.mask) else call.slots  # a mask of this call's tokens alone says less
+    mask = call.mask if _flat(call.mask) and call.mask.shape[1] >= least else around.mask
     if mask is not call.mask and (call.batch, call.slots) != (around.batch, around.slots):
         raise ValueError(
             f"{name} was called with {call.batch} x {call.slots} tokens inside a call with {around.batch} x "
             f"{around.slots} and the mask of those: its padding is not known; pass it a mask (batch, tokens)"
         )
-    plain = isinstance(call.positions, Tensor) and call.positions.dim() == 2
-    return Heard(call.batch, call.slots, mask, call.positions if plain else around.positions)
+    return Heard(call.batch, call.slots, mask, call.positions if _flat(call.positions) else around.positions)
+
+
+def _flat(x) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 2
