@@ -60,7 +60,5 @@ def per_layer(config) -> list:
 
 
 def takes_cache(model) -> bool:
-    """Whether a model's forward has a place for a cache, under either of its names; a wrapper may hide it."""
-    names = inspect.signature(model.forward).parameters
-    hidden = any(names[name].kind == inspect.Parameter.VAR_POSITIONAL for name in names)
-    return hidden or "cache" in names or "past_key_values" in names
+    """Whether any module of a model has a place for a cache, under either of its names; a wrapper may hide it."""
+    return any(takes(type(module), CACHE_NAMES) for module in model.modules())
