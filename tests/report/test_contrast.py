@@ -57,6 +57,18 @@ def test_lines_by_hand(group):
     assert found["dear"].baseline.p == pytest.approx(3 / 20_001, rel=1.1) and found["same"].baseline.p > 0.3
 
 
+def test_the_seed_reaches_the_tests(group):
+    """16 differences have more flips than are drawn: p and the ends of intervals follow the seed, of both columns."""
+    known = {entry.method: entry for entry in group.whole.entries}
+    pairs = [(known[name], known["cheap"]) for name in ("dear", "same", "good")]
+    of = {seed: {line.method: line for line in lines(group, "cheap", seed)} for seed in (0, 5)}
+    for seed, found in of.items():
+        expected = contrasts(pairs, "kl", seed)
+        assert {name: found[name].baseline for name in expected} == expected
+        assert {name: found[name].cheaper for name in expected} == expected
+    assert of[0]["same"].baseline != of[5]["same"].baseline and of[0]["same"].baseline.p != of[5]["same"].baseline.p
+
+
 def test_the_frontier_of_points_against_all_pairs():
     random = np.random.default_rng(3)
     points = [(str(i), float(x), Estimate(float(y), None, None)) for i, (x, y) in enumerate(random.random((40, 2)))]

@@ -71,8 +71,9 @@ def lines(group: Group, baseline: str, seed: int = 0, name: str = "kl") -> list[
         if best is None or _better(name, value[entry.method], value[best]):
             best = entry.method
     compared = [entry for entry in entries if entry.method != EXACT]
-    to_base = contrasts([(e, known[baseline]) for e in compared if e.method != baseline and baseline in known], name)
-    to_cheaper = contrasts([(e, known[cheaper[e.method]]) for e in compared if cheaper[e.method]], name)
+    based = [(e, known[baseline]) for e in compared if e.method != baseline and baseline in known]
+    to_base = contrasts(based, name, seed)
+    to_cheaper = contrasts([(e, known[cheaper[e.method]]) for e in compared if cheaper[e.method]], name, seed)
     return [
         Line(
             entry,
