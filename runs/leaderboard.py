@@ -25,14 +25,14 @@ from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import FOLDER
 from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.contenders import Contender, contender, floors, parted
-from kvist.evaluate.fidelity import Fidelity, Perplexity, Text
 from kvist.evaluate.gates import gates
-from kvist.evaluate.horizon import Horizon
-from kvist.evaluate.nuisance import Nuisance
-from kvist.evaluate.recall import Haystack, Recall
 from kvist.evaluate.results import Results
 from kvist.evaluate.statistics import difference
 from kvist.evaluate.task import Place, Task, run
+from kvist.evaluate.tasks.fidelity import Fidelity, Perplexity, Text
+from kvist.evaluate.tasks.horizon import Horizon
+from kvist.evaluate.tasks.nuisance import Nuisance
+from kvist.evaluate.tasks.recall import Haystack, Recall
 from kvist.methods import get, parse
 from kvist.methods.parts import per_token
 from kvist.models.inject import inject, rounded

@@ -24,7 +24,7 @@ from kvist.calibrate.text import digest, sample, texts
 from kvist.cli.errors import Verbs
 from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.questions import KINDS, score
-from kvist.evaluate.recall import Haystack, Recall
+from kvist.evaluate.tasks.recall import Haystack, Recall
 
 TOKENIZER = Path(__file__).parents[1] / "src/kvist/demo/kvist-6m"
 LENGTHS, REST = (1000, 1900), 148  # tokens of contexts for recall; what is left for a question

@@ -17,9 +17,9 @@ from kvist.evaluate.contenders import contender
 from kvist.evaluate.generation import Prompt, generate
 from kvist.evaluate.maps import grid
 from kvist.evaluate.questions import KINDS, draw
-from kvist.evaluate.recall import Haystack, Recall, plant, rescored
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
 

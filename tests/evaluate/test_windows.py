@@ -10,13 +10,13 @@ from oracle import OracleCache
 
 import kvist
 from kvist.evaluate.contenders import Contender, bits, contender
-from kvist.evaluate.fidelity import Fidelity, Text, among, counts, curve, quantile
 from kvist.evaluate.gates import gates
-from kvist.evaluate.horizon import Horizon
-from kvist.evaluate.nuisance import FACTORS, Nuisance
 from kvist.evaluate.results import Results
 from kvist.evaluate.summary import slopes, statistics
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.fidelity import Fidelity, Text, among, counts, curve, quantile
+from kvist.evaluate.tasks.horizon import Horizon
+from kvist.evaluate.tasks.nuisance import FACTORS, Nuisance
 from kvist.evaluate.tokenwise import compared, exact
 from kvist.methods import parse
 from kvist.models.adapter import describe

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from kvist.atomic import replacing
-from kvist.evaluate import gsm8k, longbench, recall
 from kvist.evaluate.questions import KINDS
 from kvist.evaluate.results import Results, Row
+from kvist.evaluate.tasks import gsm8k, longbench, recall
 
 RULES = dict.fromkeys(KINDS, recall.rescored) | {"gsm8k": gsm8k.rescored, "longbench": longbench.rescored}
 

@@ -8,14 +8,14 @@ from typing import Any, get_args
 from kvist.calibrate import text
 from kvist.evaluate import contenders
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.fidelity import Fidelity, Perplexity, Text
 from kvist.evaluate.generation import Prefill
-from kvist.evaluate.harness import PREFIX
-from kvist.evaluate.horizon import Horizon
-from kvist.evaluate.nuisance import Nuisance
 from kvist.evaluate.questions import KINDS
-from kvist.evaluate.recall import Haystack, Recall
 from kvist.evaluate.task import Task
+from kvist.evaluate.tasks.fidelity import Fidelity, Perplexity, Text
+from kvist.evaluate.tasks.harness import PREFIX
+from kvist.evaluate.tasks.horizon import Horizon
+from kvist.evaluate.tasks.nuisance import Nuisance
+from kvist.evaluate.tasks.recall import Haystack, Recall
 from kvist.evaluate.tokenwise import MODES, Mode
 
 WINDOWED = {
@@ -129,10 +129,10 @@ def _benchmark(name: str, options: Options, tokenizer, longest: int) -> list[Tas
     if options.shots is not None and name == "gsm8k":
         given["shots"] = options.shots
     if name == "gsm8k":
-        from kvist.evaluate.gsm8k import GSM8K
+        from kvist.evaluate.tasks.gsm8k import GSM8K
 
         return [GSM8K(tokenizer, longest, **given)]
-    from kvist.evaluate.longbench import LongBench, datasets
+    from kvist.evaluate.tasks.longbench import LongBench, datasets
 
     whole = {LONGBENCH: False, LONGBENCH_E: True}
     chosen = datasets(extended=whole[name]) if name in whole else [name.removeprefix("longbench:")]
@@ -140,7 +140,7 @@ def _benchmark(name: str, options: Options, tokenizer, longest: int) -> list[Tas
 
 
 def _harness(names: Sequence[str], options: Options, tokenizer) -> list[Task]:
-    from kvist.evaluate import harness
+    from kvist.evaluate.tasks import harness
 
     mode = options.mode or "simulated"  # a continuation fits the exact window of many methods: stored shows nothing
     given: Any = {"shots": options.shots, "chat": options.chat, "mode": mode, "batch": options.batch}

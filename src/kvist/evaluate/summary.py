@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from kvist.evaluate.fidelity import BUCKET, quantile
 from kvist.evaluate.results import Cell
 from kvist.evaluate.statistics import Estimate, difference, mean, perplexity
+from kvist.evaluate.tasks.fidelity import BUCKET, quantile
 
 MISMATCH, CURVE = "first_mismatch", "kl_curve"
 MEANS = ("score", "strict", "flexible", "kl", "shift", "agreement", MISMATCH)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvist.evaluate.contenders import Contender, fill
-from kvist.evaluate.fidelity import BUCKET, Text, curve
 from kvist.evaluate.generation import forward, living, read, states_of, steps
 from kvist.evaluate.task import Measured
+from kvist.evaluate.tasks.fidelity import BUCKET, Text, curve
 from kvist.evaluate.tokenwise import Exact, compared, exact, score
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kvist.evaluate.contenders import Contender, bits, fill
-from kvist.evaluate.fidelity import Text
 from kvist.evaluate.generation import living, steps, whole
 from kvist.evaluate.task import Measured
+from kvist.evaluate.tasks.fidelity import Text
 from kvist.evaluate.tokenwise import Exact, compared, exact
 from kvist.models.adapter import describe
 
