@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from anatomy import anatomy, sentences
 from lessons import FIRST, THEN, Lessons
 from torch import nn
 from trainer import CHECKPOINT, Budget, Machine, Trainer
@@ -22,7 +23,6 @@ from kvist import __version__
 from kvist.atomic import write_json
 from kvist.calibrate.text import digest, sample, texts
 from kvist.cli.errors import Verbs
-from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.questions import KINDS, score
 from kvist.evaluate.tasks.recall import Haystack, Recall
 

@@ -15,13 +15,13 @@ from kvist.demo.model import load
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import contender
 from kvist.evaluate.generation import Prompt, generate
-from kvist.evaluate.maps import grid
 from kvist.evaluate.questions import KINDS, draw
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
 from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.report.plots import shares
 
 EXACT = [contender("exact")]
 
@@ -116,9 +116,9 @@ def test_the_bundled_model_finds_a_needle(bundled, hay):
         (cell,) = run(task, Place.of(model), EXACT, Results())
         assert sum(cell.values["score"]) >= 3 and cell.values["length"] == [300, 300, 480, 480]
         assert rescored({}, cell.values) == cell.values
-        lengths, depths, scores = grid(cell)
-        assert (lengths, depths, scores.shape) == ([300, 480], [0.2, 0.8], (2, 2))
-        assert scores.sum() == sum(cell.values["score"])
+        seen = shares(*(cell.values[name] for name in ("length", "depth", "score")), title="", method="exact")
+        assert (seen.lengths, seen.depths, seen.shares.shape) == ([300, 480], [0.2, 0.8], (2, 2))
+        assert seen.shares.sum() == sum(cell.values["score"])
 
 
 class Numbers:

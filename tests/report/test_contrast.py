@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rows import row, write
 
+from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
 from kvist.report import study
-from kvist.report.contrast import contrasts, lines, to_exact
-from kvist.report.drift import accumulated, growing
+from kvist.report.contrast import Pair, contrasts, judged, lines, to_exact, to_nothing
 from kvist.report.load import load
 from kvist.report.look import look, number, order
-from kvist.report.pareto import frontier
+from kvist.report.plots import best
 from kvist.report.tables import main, scores
 from kvist.report.verdict import verdict
 
@@ -75,7 +75,7 @@ def test_the_frontier_of_points_against_all_pairs():
     beaten = {
         a[0] for a, b in itertools.permutations(points, 2) if b[1] <= a[1] and b[2].value <= a[2].value and a != b
     }
-    assert {name for name, *_ in frontier(points)} == {name for name, *_ in points} - beaten
+    assert {name for name, *_ in best(points)} == {name for name, *_ in points} - beaten
 
 
 def test_answers_against_exact(tmp_path):
@@ -109,7 +109,9 @@ def test_growth_and_what_accumulates(tmp_path):
     made = [row("horizon", "exact", horizon(0, 0)), row("horizon", "flat", horizon(0, 0))]
     made.append(row("horizon", "grows", horizon(0.5, 0.1)))
     (group,) = load(write(tmp_path / "r.jsonl", made))
-    growth, more = growing(group, 0), accumulated(group, 0)
+    slope, (_, dots) = kind_of("horizon").statistics["slope"], kind_of("horizon").figures
+    growth, ends = to_nothing(group, slope.null), list(dots.kinds.values())
+    more = judged([Pair(e.method, "", *(each(e.cell.values) for each in ends)) for e in group.whole.methods])
     assert (growth["flat"].verdict, growth["grows"].verdict) == ("=", "worse") and "exact" not in growth
     assert growth["grows"].difference.value == pytest.approx(0.5, abs=0.05)
     assert (more["flat"].verdict, more["grows"].verdict) == ("=", "worse")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, check_plot, parse_size
+from kvist.cli.show import Json, check_plot
+from kvist.units import parse_size, size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory.")
 
@@ -148,7 +149,6 @@ def _random(config, device: str, dtype: str, seed: int):
     from kvist.bench.memory import free
     from kvist.bench.shapes import nbytes, outline, random_weights
     from kvist.cli.models import placed, precision
-    from kvist.cli.show import size
 
     place, kind = placed(device), torch.bfloat16 if dtype == "auto" else precision(dtype)
     needed, room = nbytes(outline(config, kind)), free(place)

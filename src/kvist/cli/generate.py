@@ -10,8 +10,8 @@ from transformers import TextStreamer
 
 from kvist.attention import attach
 from kvist.cache.cache import Cache
-from kvist.cli.show import size
 from kvist.plan import Recipe
+from kvist.units import size
 
 DEFAULT = "kivi:2"
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvist.evaluate.measures import Compared
 from kvist.evaluate.statistics import Estimate, difference, holm, mean, paired_p
-from kvist.report.contrast import ALPHA, LOWER, number, primary, said_p
+from kvist.report.contrast import ALPHA, compared, number, primary, said_p
 from kvist.report.load import EXACT, FLOOR, Entry, Group, load, titles
 from kvist.report.look import interval
 from kvist.report.look import number as said
 from kvist.report.verdict import TOO_FEW
-
-WORDS = {"kl": "KL", "score": "a mean score", "log_perplexity": "a log-perplexity"}
 
 
 class Comparison(NamedTuple):
@@ -23,6 +22,7 @@ class Comparison(NamedTuple):
     b: str
     bits: tuple[float, float]
     statistic: str
+    by: Compared
     items: int
     means: tuple[Estimate, Estimate]
     difference: Estimate
@@ -41,13 +41,11 @@ class Comparison(NamedTuple):
         where = f"{self.task} ({self.place}, {self.items} items): "
         if not self.real:
             few = f"; {self.items} items are too few to show one" if self.items < TOO_FEW else ""
-            return (
-                f"{where}no difference between {self.a} and {self.b} is shown ({WORDS[self.statistic]}: {known}){few}."
-            )
+            return f"{where}no difference between {self.a} and {self.b} is shown ({self.by.words}: {known}){few}."
         way = "lower" if self.difference.value < 0 else "higher"
-        good = "better" if (way == "lower") == (self.statistic in LOWER) else "worse"
+        good = "better" if (way == "lower") == self.by.lower else "worse"
         return (
-            f"{where}{self.a} is really {good} than {self.b}: {WORDS[self.statistic]} that is {way} ({known}), "
+            f"{where}{self.a} is really {good} than {self.b}: {self.by.words} that is {way} ({known}), "
             f"at {self.bits[0]:.2f} against {self.bits[1]:.2f} bits."
         )
 
@@ -108,11 +106,12 @@ def _compared(
         name = primary(group)
         if not common or name is None:
             continue
-        x, y = (number(entry.among(common).cell, name) for entry in (a, b))
+        x, y = (number(entry.among(common), name) for entry in (a, b))
         means, change, p = (mean(x, seed), mean(y, seed)), difference(x, y, seed), paired_p(x, y, seed)
         bits, place = (a.cell.bits, b.cell.bits), str(group.place)
         first, second = _named(a, b, files)
-        found.append(Comparison(title, place, first, second, bits, name, len(x), means, change, p))
+        by = compared(a, name)
+        found.append(Comparison(title, place, first, second, bits, name, by, len(x), means, change, p))
     if not found:
         raise ValueError(f"{what} were measured on no common item of any task; run `kvist eval` with both")
     return [each._replace(p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]

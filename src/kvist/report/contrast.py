@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvist.evaluate.results import Cell
+import numpy as np
+
+from kvist.evaluate.measures import Compared, Numbers
+from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate, difference, holm, paired_p
-from kvist.evaluate.summary import paired, statistics
 from kvist.report.load import EXACT, Entry, Group
 
 ALPHA = 0.05
-LOWER = {"kl", "log_perplexity", "slope"}  # is better
+KL, SCORE = "kl", "score"
 
 
 class Pair(NamedTuple):
@@ -42,7 +44,6 @@ class Line:
     """A method in a table: its statistics, whether nothing cheaper is as good, and its contrasts."""
 
     entry: Entry
-    bits: float
     statistics: dict[str, Estimate | float | None]
     frontier: bool = False
     baseline: Contrast | None = None
@@ -52,6 +53,10 @@ class Line:
     def method(self) -> str:
         return self.entry.method
 
+    @property
+    def bits(self) -> float:
+        return self.entry.cell.bits
+
     def of(self, name: str) -> Estimate:
         """A statistic that has an interval."""
         found = self.statistics[name]
@@ -59,16 +64,16 @@ class Line:
         return found
 
 
-def lines(group: Group, baseline: str, seed: int = 0, name: str = "kl") -> list[Line]:
+def lines(group: Group, baseline: str, seed: int = 0, name: str = KL) -> list[Line]:
     """The methods of a group by rising bits, compared by `name`. What is exact by definition is not compared."""
-    whole = group.whole
-    entries = sorted(whole.methods, key=lambda entry: (entry.cell.bits, entry.method))
-    value = {entry.method: float(sum(number(entry.cell, name)) / len(entry.cell.items)) for entry in entries}
-    known = {entry.method: entry for entry in entries}
+    entries = sorted(group.whole.methods, key=lambda entry: (entry.cell.bits, entry.method))
+    kind, known = kind_of(group.task), {entry.method: entry for entry in entries}
+    sign = 1 if kind.compared[name].lower else -1
+    value = {entry.method: sign * float(np.mean(number(entry, name))) for entry in entries}
     cheaper, best = {}, None
     for entry in entries:
         cheaper[entry.method] = best
-        if best is None or _better(name, value[entry.method], value[best]):
+        if best is None or value[entry.method] < value[best]:
             best = entry.method
     compared = [entry for entry in entries if entry.method != EXACT]
     based = [(e, known[baseline]) for e in compared if e.method != baseline and baseline in known]
@@ -77,9 +82,8 @@ def lines(group: Group, baseline: str, seed: int = 0, name: str = "kl") -> list[
     return [
         Line(
             entry,
-            entry.cell.bits,
-            statistics(entry.cell, seed),
-            cheaper[entry.method] is None or _better(name, value[entry.method], value[cheaper[entry.method]]),
+            kind.tell(entry.cell, seed),
+            (than := cheaper[entry.method]) is None or value[entry.method] < value[than],
             to_base.get(entry.method),
             to_cheaper.get(entry.method),
         )
@@ -89,38 +93,46 @@ def lines(group: Group, baseline: str, seed: int = 0, name: str = "kl") -> list[
 
 def contrasts(pairs: Sequence[tuple[Entry, Entry]], name: str, seed: int = 0) -> dict[str, Contrast]:
     """By the first method of each pair, how it differs from the second; all are one family of tests."""
-    return judged([Pair(a.method, b.method, number(a.cell, name), number(b.cell, name)) for a, b in pairs], name, seed)
+    lower = compared(pairs[0][0], name).lower if pairs else True
+    return judged([Pair(a.method, b.method, number(a, name), number(b, name)) for a, b in pairs], seed, lower)
 
 
-def judged(pairs: Sequence[Pair], name: str, seed: int = 0) -> dict[str, Contrast]:
-    """The same of numbers per item."""
+def judged(pairs: Sequence[Pair], seed: int = 0, lower: bool = True) -> dict[str, Contrast]:
+    """The same of numbers per item, of which less is better, or more."""
     found = {}
     ps = holm([paired_p(pair.a, pair.b, seed) for pair in pairs])
     for pair, p in zip(pairs, ps, strict=True):
         change = difference(pair.a, pair.b, seed)
-        found[pair.method] = Contrast(pair.against, change, p, verdict(name, change.value, p))
+        found[pair.method] = Contrast(pair.against, change, p, verdict(lower, change.value, p))
     return found
 
 
-def to_exact(group: Group, name: str = "score", seed: int = 0) -> dict[str, Contrast]:
-    """Each method against the exact cache; empty where that was not measured."""
-    exact = group.whole.exact
-    if exact is None:
-        return {}
-    others = [entry for entry in group.whole.methods if entry.method != EXACT]
-    return contrasts([(entry, exact) for entry in others], name, seed)
+def to_exact(group: Group, seed: int = 0) -> dict[str, Contrast]:
+    """Each method's answers against those of the exact cache; empty where that was not measured."""
+    exact, others = group.whole.exact, [entry for entry in group.whole.methods if entry.method != EXACT]
+    return contrasts([(entry, exact) for entry in others], SCORE, seed) if exact else {}
 
 
-def verdict(name: str, change: float, p: float) -> str:
+def to_nothing(group: Group, numbers: Numbers, seed: int = 0) -> dict[str, Contrast]:
+    """By method, whether these numbers per item are really above zero ("worse")."""
+    known = {entry.method: numbers(entry.cell.values) for entry in group.whole.methods if entry.method != EXACT}
+    return judged([Pair(method, "none", each, [0.0] * len(each)) for method, each in known.items() if each], seed)
+
+
+def verdict(lower: bool, change: float, p: float) -> str:
     """In a word."""
     if p >= ALPHA or change == 0:
         return "="
-    return "better" if (change < 0) == (name in LOWER) else "worse"
+    return "better" if (change < 0) == lower else "worse"
 
 
-def number(cell: Cell, name: str) -> list[float]:
-    """Per item, what methods are compared by: "kl", "log_perplexity" or "score"."""
-    return [float(x) for x in paired(cell)[name]]
+def number(entry: Entry, name: str) -> list[float]:
+    """Per item, what methods are compared by."""
+    return compared(entry, name).numbers(entry.cell.values)
+
+
+def compared(entry: Entry, name: str) -> Compared:
+    return kind_of(entry.cell).compared[name]
 
 
 def said_p(p: float) -> str:
@@ -128,11 +140,12 @@ def said_p(p: float) -> str:
 
 
 def primary(group: Group) -> str | None:
-    """What methods are compared by on a task: answers, else divergence, else likelihood; None where there is none."""
-    known = paired(group.entries[0].cell)
-    wanted = ("score", "log_perplexity", "kl") if group.task == "ppl" else ("score", "kl", "log_perplexity")
-    return next((name for name in wanted if name in known), None)
+    """What methods are compared by on a task, the first that its rows have; None where there is none."""
+    return next(iter(kind_of(group.task).numbers(group.entries[0].cell)), None)
 
 
-def _better(name: str, a: float, b: float) -> bool:
-    return a < b if name in LOWER else a > b
+def floor_of(group: Group) -> float | None:
+    """The largest divergence of what quantizes nothing, the exact cache among it: smaller ones are not known."""
+    nothing = [entry for entry in group.whole.entries if entry.floor or entry.method == EXACT]
+    known = [np.mean(entry.cell.values[KL]) for entry in nothing if KL in entry.cell.values]
+    return float(max(known)) if known and max(known) > 0 else None

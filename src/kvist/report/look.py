@@ -25,7 +25,6 @@ FAMILIES = {
 OTHERS = ("#6b8e23", "#9b4f4f", "#4f6d9b", "#8f6bb0", "#5f8f6b", "#b0763a")
 INK = "#1d2329"
 PLAIN = re.compile(r"(?:QuantizedCache )?([a-z][a-z-]*?):?(\d+)(?: \(control\))?")
-GREY = "#8a8f98"
 
 
 class Look(NamedTuple):

@@ -1,38 +1,27 @@
 """Everything a report knows: groups of results, which method others are compared with, what benchmarks left."""
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from kvist.report.contrast import Contrast, Line, lines, primary, to_exact
-from kvist.report.drift import growing
+from kvist.bench.reports import Report, read_beside
+from kvist.evaluate.measures import Numbers
+from kvist.report.contrast import KL, Contrast, Line, lines, primary, to_exact, to_nothing
 from kvist.report.load import EXACT, Group, Place, load, titles
 
 DIVERGENT = ("fidelity", "ppl", "horizon")
 RECALL = ("needle", "passkey")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method in the table of a place: its line, and what other tasks say of it."""
-
-    line: Line
-    recall: Line | None
-    to_exact: Contrast | None
-    horizon: Line | None
-    growth: Contrast | None
-
-
 @dataclass
 class Study:
-    """Groups by place; `baseline`: the method that others are compared with."""
+    """Groups by place; baseline: the method that others are compared with; made: tables, kept."""
 
     groups: list[Group]
     baseline: str
     seed: int = 0
-    benches: list[tuple[str, dict]] = field(default_factory=list)
-    gates: list[dict] = field(default_factory=list)
+    benches: list[tuple[str, Report]] = field(default_factory=list)
+    made: dict = field(default_factory=dict, repr=False)
 
     @cached_property
     def titles(self) -> dict[int, str]:
@@ -64,6 +53,10 @@ class Study:
         """The fullest group of the first of these tasks that was measured there."""
         return next((group for task in tasks for group in self.of(place, task)), None)
 
+    def fullest(self, place: Place) -> list[Group]:
+        """The fullest group of each task that was measured there."""
+        return list({group.task: group for group in reversed(self.of(place))}.values())[::-1]
+
     def divergence(self, place: Place) -> Group | None:
         return self.one(place, *DIVERGENT)
 
@@ -77,44 +70,25 @@ class Study:
         return [group for group in self.groups if group.place == place and group.scored]
 
     def lines(self, group: Group, name: str | None = None) -> list[Line]:
-        """The table of a group, made once."""
-        name = name or primary(group) or ""
-        if (group.number, name) not in self._lines:
-            self._lines[group.number, name] = lines(group, self.baseline, self.seed, name) if name else []
-        return self._lines[group.number, name]
+        """The table of a group, compared by a name or by what its task puts first; made once."""
+        name = name or primary(group)
+        if (group.number, name) not in self.made:
+            self.made[group.number, name] = lines(group, self.baseline, self.seed, name) if name else []
+        return self.made[group.number, name]
 
-    @cached_property
-    def _lines(self) -> dict[tuple[int, str], list[Line]]:
-        return {}
+    def against_exact(self, group: Group) -> dict[str, Contrast]:
+        """Each method's answers of a group against those of the exact cache; made once."""
+        if (group.number, EXACT) not in self.made:
+            self.made[group.number, EXACT] = to_exact(group, self.seed)
+        return self.made[group.number, EXACT]
 
-    def exact_contrasts(self, group: Group) -> dict[str, Contrast]:
-        """Each method's answers against those of the exact cache."""
-        if group.number not in self._contrasts:
-            self._contrasts[group.number] = to_exact(group, "score", self.seed)
-        return self._contrasts[group.number]
+    def above_nothing(self, group: Group, numbers: Numbers) -> dict[str, Contrast]:
+        return to_nothing(group, numbers, self.seed)
 
-    @cached_property
-    def _contrasts(self) -> dict[int, dict[str, Contrast]]:
-        return {}
-
-    def table(self, place: Place) -> list[Row]:
-        """Methods of a place by rising bits, with all that is known of them."""
-        base, recall, horizon = self.divergence(place), self.recall(place), self.one(place, "horizon")
-        chosen = self.lines(base, "kl") if base else self.lines(recall) if recall else []
-        recalled = {line.method: line for line in self.lines(recall, "score")} if recall else {}
-        streamed = {line.method: line for line in self.lines(horizon, "kl")} if horizon else {}
-        against = self.exact_contrasts(recall) if recall else {}
-        grows = growing(horizon, self.seed) if horizon else {}
-        return [
-            Row(
-                line,
-                recalled.get(line.method),
-                against.get(line.method),
-                streamed.get(line.method),
-                grows.get(line.method),
-            )
-            for line in chosen
-        ]
+    def table(self, place: Place) -> list[Line]:
+        """Methods of a place by rising bits: by divergence, or by answers where that alone was measured."""
+        base, recall = self.divergence(place), self.recall(place)
+        return self.lines(base, KL) if base else self.lines(recall) if recall else []
 
 
 def read(source: str | Path, baseline: str | None = None, seed: int = 0) -> Study:
@@ -131,30 +105,5 @@ def read(source: str | Path, baseline: str | None = None, seed: int = 0) -> Stud
     if baseline is not None and baseline not in study.methods:
         raise ValueError(f"--baseline is one of {', '.join(study.methods)}, found {baseline!r}")
     study.baseline = baseline or names[0]
-    if Path(source).is_dir():
-        study.benches, study.gates = beside(Path(source))
+    study.benches = read_beside(Path(source)) if Path(source).is_dir() else []
     return study
-
-
-def beside(folder: Path) -> tuple[list[tuple[str, dict]], list[dict]]:
-    """Reports of `kvist bench decode` and `kvist bench throughput` in a folder, and checks of the methods."""
-    benches, gates = [], []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            continue  # nothing of ours
-        if _all(data, {"gate", "holds", "found"}):
-            gates += data
-        elif isinstance(data, dict) and (_some(data, {"tokens", "median ms"}) or _some(data, {"batch", "tokens/s"})):
-            benches.append((path.name, data))
-    return benches, gates
-
-
-def _all(data, names: set[str]) -> bool:
-    return isinstance(data, list) and bool(data) and all(isinstance(x, dict) and names <= x.keys() for x in data)
-
-
-def _some(data: dict, names: set[str]) -> bool:
-    rows = data.get("rows")
-    return isinstance(rows, list) and any(isinstance(row, dict) and names <= row.keys() for row in rows)

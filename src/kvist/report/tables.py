@@ -1,25 +1,27 @@
 """Tables as plain data: the same cells go into the page, the Markdown and the JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kvist.evaluate.measures import COMMON, Statistic
+from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
-from kvist.report.contrast import Contrast, Line
-from kvist.report.figures import floor_of
-from kvist.report.load import EXACT, Place
+from kvist.report.contrast import KL, SCORE, Contrast, Line, floor_of
+from kvist.report.load import EXACT, Group, Place
 from kvist.report.look import interval, look, number, percent, spread
-from kvist.report.study import Row, Study
+from kvist.report.study import Study
 
 MARKS = {"better": "▼", "worse": "▲", "=": "="}
 UP = {"better": "▲", "worse": "▼", "=": "="}  # where more is better
+BITS = ("bits", "allocated per cached number, measured from the storage")
 
 
 class Field(NamedTuple):
     """A cell of a table: what stands in it, its interval, a verdict in a word, words that explain it, and an id to go
     to."""
 
-    text: str
+    text: str = ""
     small: str = ""
     verdict: str = ""
     title: str = ""
@@ -29,54 +31,59 @@ class Field(NamedTuple):
 
 
 class Table(NamedTuple):
-    """id; title; names of columns, each with an explanation; rows of fields; strong: whether a row stands out; caption;
-    groups behind it."""
+    """id; title; names of columns, each with an explanation; rows of fields; caption; groups behind it."""
 
     id: str
     title: str
     columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[Field]]
-    strong: Sequence[bool]
     caption: str
     groups: tuple[int, ...]
+
+    @property
+    def plain(self) -> list[list[str]]:
+        """Heads and rows as Markdown's cells; columns of pictures are left out."""
+        kept = [i for i, (name, _) in enumerate(self.columns) if name]
+        rows = [[self.columns[i][0] for i in kept]]
+        for name, *fields in self.rows:
+            cells = [f"`{name.text}`" + (" ●" if name.verdict == "frontier" else "")]
+            rows.append(cells + [" ".join(filter(None, fields[i - 1][:2])) for i in kept[1:]])
+        return [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
 
 
 def main(study: Study, place: Place) -> Table | None:
     """Methods of a place by rising bits: all that matters in one line each. None where only answers were measured."""
-    group, recall, horizon = study.divergence(place), study.recall(place), study.one(place, "horizon")
+    group, recall = study.divergence(place), study.recall(place)
     if group is None:
         return None
-    rows = study.table(place)
-    floor = floor_of(group)
-    known = [row.line.of("kl").value for row in rows if row.line.of("kl").value > 0]
+    lines, floor = study.table(place), floor_of(group)
+    known = [line.of(KL).value for line in lines if line.of(KL).value > 0]
     ends = (min([*known, floor or 1.0], default=1e-6) / 1.5, max(known, default=1.0) * 1.5)
     columns = [
         ("method", "● nothing cheaper is as good"),
-        ("bits", "allocated per cached number, measured from the storage"),
+        BITS,
         ("", "KL on a logarithmic axis; the band is rounding"),
-        ("KL, nats", "mean over tokens, from the exact cache"),
+        ("KL, nats", COMMON[KL].why),
         (f"to {study.baseline}", "ratio of KL; ▼ really lower, ▲ really higher, = not shown to differ"),
         ("to best cheaper", "ratio of KL to that of the best method with fewer bits"),
     ]
-    optional = ("kl_99.9%", "perplexity", "agreement")
-    names = [name for name in optional if name in rows[0].line.statistics]
-    columns += [(_WORDS[name], _WHY[name]) for name in names]
+    rows = [_compared(study, line, _strip(line, floor, ends)) for line in lines]
+    used = [group, *([recall] if recall else [])]
+    _add(columns, rows, lines, group, _shown(group, lines, "table"), {})
     if recall:
         columns.append((f"{study.titles[recall.number]}, %", "right; ▼ really below the exact cache, = not shown"))
-    if horizon:
-        columns.append(("KL per 1K steps", "growth while decoding; ▲ really grows, = not shown to"))
-        if "first_mismatch" in horizon.whole.entries[0].cell.values:
-            most = horizon.settings.get("free_steps", "")
-            columns.append(("text parts at", f"first greedy token of {most} that differs, mean"))
-    strips = [_strip(row.line.method, row.line.of("kl"), floor, ends) for row in rows]
-    shown = [_main(study, row, strip, names, recall, horizon) for row, strip in zip(rows, strips, strict=True)]
-    caption = f"{group.whole.items} windows ({group.about}). " + (
-        f"Answers: {recall.whole.items} questions ({recall.about}). " if recall else ""
-    )
-    caption += f"Decoding: {horizon.whole.items} windows ({horizon.about}). " if horizon else ""
-    groups = tuple(each.number for each in (group, recall, horizon) if each)
-    strong = [row.line.frontier for row in rows]
-    return Table(f"table-{group.number}", str(place), columns, shown, strong, caption, groups)
+        scored = {line.method: line for line in study.lines(recall, SCORE)}
+        for row, line in zip(rows, lines, strict=True):
+            row.append(_score(scored.get(line.method), study.against_exact(recall).get(line.method)))
+    for other in study.fullest(place):
+        beside = _shown(other, study.lines(other), "beside")
+        if beside:
+            tests = {n: study.above_nothing(other, each.null) for n, each in beside.items() if each.null}
+            found = {line.method: line for line in study.lines(other)}
+            _add(columns, rows, [found.get(line.method) for line in lines], other, beside, tests)
+            used.append(other)
+    caption = " ".join(f"{study.titles[each.number]}: {each.whole.items} items ({each.about})." for each in used)
+    return Table(f"table-{group.number}", str(place), columns, rows, caption, _numbers(used))
 
 
 def scores(study: Study, place: Place) -> Table | None:
@@ -84,67 +91,96 @@ def scores(study: Study, place: Place) -> Table | None:
     groups = study.scored(place)
     if not groups:
         return None
-    by_group = [{line.method: line for line in study.lines(group, "score")} for group in groups]
-    methods = sorted({m for lines in by_group for m in lines}, key=lambda m: _first(by_group, m))
-    rows = []
-    for name in methods:
-        fields = [method(name), Field(f"{_first(by_group, name)[0]:.2f}")]
-        for group, lines in zip(groups, by_group, strict=True):
-            against = study.exact_contrasts(group)
-            fields.append(_score(lines.get(name), against.get(name)))
-        rows.append(fields)
+    found = [{line.method: line for line in study.lines(group, SCORE)} for group in groups]
+    bits = {name: line.bits for known in reversed(found) for name, line in known.items()}
+    rows = [
+        [
+            method(name),
+            Field(f"{bits[name]:.2f}"),
+            *(_score(f.get(name), study.against_exact(g).get(name)) for f, g in zip(found, groups, strict=True)),
+        ]
+        for name in sorted(bits, key=lambda name: (bits[name], name))
+    ]
     columns = [("method", ""), ("bits", "allocated per cached number, of the first task")]
     columns += [(f"{study.titles[group.number]}, %", f"{group.whole.items} items: {group.about}") for group in groups]
-    caption = "Mean score in percent; " + "; ".join(
-        f"{study.titles[group.number]}: {group.whole.items} items" for group in groups
-    )
-    return Table(
-        f"scores-{groups[0].number}", str(place), columns, rows, [False] * len(rows), caption + ".",
-        tuple(group.number for group in groups),
-    )  # fmt: skip
+    told = "; ".join(f"{study.titles[group.number]}: {group.whole.items} items" for group in groups)
+    caption = f"Mean score in percent; {told}."
+    return Table(f"scores-{groups[0].number}", str(place), columns, rows, caption, _numbers(groups))
 
 
-def uneven(study: Study, place: Place) -> Table | None:
-    """How divergence is spread over tokens, and whether it is where tokens are packed."""
-    group = study.one(place, "fidelity")
-    if group is None:
-        return None
-    lines = [line for line in study.lines(group, "kl") if line.method != EXACT]
-    known = [name for name in _SPREAD if any(line.statistics.get(name) is not None for line in lines)]
+def apart(study: Study, group: Group) -> Table | None:
+    """How a task's numbers are spread over tokens, and whether they are where tokens are packed."""
+    lines = [line for line in study.lines(group) if line.method != EXACT]
+    known = _shown(group, lines, "apart")
     if not known:
         return None
-    rows = [
-        [method(line.method), Field(f"{line.bits:.2f}"), *(_estimate(line.statistics.get(n), n) for n in known)]
-        for line in lines
-    ]
-    columns = [("method", ""), ("bits", "allocated per cached number"), *(_SPREAD[name] for name in known)]
+    first = next(iter(known))
+    known = {first: known[first], KL: COMMON[KL]._replace(word="mean", why="")} | known
+    columns, rows = [("method", ""), BITS], [[method(line.method), Field(f"{line.bits:.2f}")] for line in lines]
+    _add(columns, rows, lines, group, known, {})
     caption = f"KL in nats, {group.whole.items} windows ({group.about})."
-    title = f"Where, and how unevenly: {place}"
-    return Table(f"uneven-{group.number}", title, columns, rows, [False] * len(rows), caption, (group.number,))
+    title = f"Where, and how unevenly: {group.place}"
+    return Table(f"uneven-{group.number}", title, columns, rows, caption, (group.number,))
 
 
 def others(study: Study, place: Place) -> list[Table]:
-    """Divergence and likelihood measured in other ways than that of the main table."""
-    main_group = study.divergence(place)
+    """What tasks without answers measured, and in other ways than the main table's."""
     found = []
     for group in study.groups:
-        if group.place != place or group.scored or group is main_group or group.task not in ("fidelity", "ppl"):
+        if group.place != place or group.scored or group is study.divergence(place):
             continue
         lines = study.lines(group)
-        names = [n for n in ("perplexity", "kl") if n in lines[0].statistics]
-        rows = []
-        for line in lines:
-            fields = [method(line.method, line.frontier), Field(f"{line.bits:.2f}")]
-            fields += [_estimate(line.statistics[name], name) for name in names]
-            fields += [_judged(line.baseline), _judged(line.cheaper)]
-            rows.append(fields)
-        columns = [("method", ""), ("bits", "allocated per cached number"), *((_WORDS[n], "") for n in names)]
+        known = _shown(group, lines, "table")
+        if not known:
+            continue
+        known |= {KL: COMMON[KL]} if KL in lines[0].statistics else {}
+        columns, rows = [("method", ""), BITS], [_compared(study, line)[:2] for line in lines]
+        _add(columns, rows, lines, group, known, {})
         columns += [(f"to {study.baseline}", "paired"), ("to best cheaper", "paired")]
-        caption = f"{group.whole.items} windows ({group.about})."
-        strong = [line.frontier for line in lines]
+        for row, line in zip(rows, lines, strict=True):
+            row += [_marked("", "", line.baseline, MARKS), _marked("", "", line.cheaper, MARKS)]
+        caption = f"{group.whole.items} items ({group.about})."
         title = f"{study.titles[group.number]}: {place}"
-        found.append(Table(f"table-{group.number}", title, columns, rows, strong, caption, (group.number,)))
+        found.append(Table(f"table-{group.number}", title, columns, rows, caption, (group.number,)))
     return found
+
+
+def behind(study: Study, group: Group) -> Table:
+    """The rows behind figures: each cell with its numbers, and the lines of the files where they stand."""
+    columns = [
+        ("method", ""),
+        ("part", "sides that are coded"),
+        ("items", ""),
+        ("bits", ""),
+        ("mean", "over its items"),
+    ]
+    columns += [("rows", "file:lines"), ("recipe", ""), ("measured with", "")]
+    rows = []
+    for entry in group.entries:
+        cell, first = entry.cell, entry.cell.first
+        name = next((n for n in (SCORE, KL) if n in cell.values), None)
+        said = f"{name} {number(sum(cell.values[name]) / len(cell.items))}" if name else ""
+        texts = [entry.part, str(len(cell.items)), f"{cell.bits:.3f}", said, entry.source]
+        versions = " ".join(f"{name} {value}" for name, value in first.versions.items())
+        link = Field(first.digest, link=recipe_id(first.digest))
+        rows.append([method(entry.method), *map(Field, texts), link, Field(f"{versions}; {first.device}")])
+    caption = f"{group.place.model}, {group.place.dtype}, stress {group.place.stress}. {group.about}"
+    title = f"{study.titles[group.number]}: {group.place}"
+    return Table(f"rows-{group.number}", title, columns, rows, caption, (group.number,))
+
+
+def recipes(study: Study) -> list[dict[str, Any]]:
+    """Each recipe once: its digest and JSON, and what it was called."""
+    found: dict[str, dict] = {}
+    for entry in (entry for group in study.groups for entry in group.entries):
+        first = entry.cell.first
+        known = {"id": recipe_id(first.digest), "digest": first.digest, "method": entry.method, "part": entry.part}
+        found.setdefault(first.digest, known | {"recipe": first.recipe})
+    return list(found.values())
+
+
+def recipe_id(digest: str) -> str:
+    return "recipe-" + "".join(c if c.isalnum() else "-" for c in digest)
 
 
 def method(name: str, frontier: bool = False) -> Field:
@@ -152,101 +188,79 @@ def method(name: str, frontier: bool = False) -> Field:
     return Field(name, verdict="frontier" if frontier else "", colour="" if name == EXACT else look(name).colour)
 
 
-def _main(study: Study, row: Row, strip: Field, names: Sequence[str], recall, horizon) -> list[Field]:
-    line, kl = row.line, row.line.of("kl")
-    fields = [method(line.method, line.frontier), Field(f"{line.bits:.2f}"), strip, _estimate(kl, "kl")]
-    base = Field("", title="what others are compared with") if line.method == study.baseline else None
-    fields += [base or _ratio(kl, line.baseline), _ratio(kl, line.cheaper)]
-    fields += [_estimate(line.statistics.get(name), name) for name in names]
-    if recall:
-        fields.append(_score(row.recall, row.to_exact))
-    if horizon:
-        fields.append(_slope(row))
-        if "first_mismatch" in horizon.whole.entries[0].cell.values:
-            fields.append(_parting(row, horizon.settings.get("free_steps")))
+def _numbers(groups: Sequence[Group]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(group.number for group in groups))
+
+
+def _shown(group: Group, lines: Sequence[Line], where: str) -> dict[str, Statistic]:
+    """A task's own statistics that are told at a place, if any method has them."""
+    told = {name: each for name, each in kind_of(group.task).statistics.items() if each.word and where in each.where}
+    return {name: each for name, each in told.items() if any(line.statistics.get(name) is not None for line in lines)}
+
+
+def _add(
+    columns: list, rows: Sequence[list], lines: Sequence[Line | None], group: Group,
+    told: Mapping[str, Statistic], tests: Mapping[str, dict[str, Contrast]],
+) -> None:  # fmt: skip
+    """A column per statistic. tests: verdicts by statistic and method."""
+    for name, each in told.items():
+        columns.append((each.word, each.why))
+        for row, line in zip(rows, lines, strict=True):
+            field = _said(line.statistics.get(name), each, group) if line else Field()
+            contrast = tests.get(name, {}).get(line.method) if line else None
+            row.append(_marked(field.text, field.small, contrast, MARKS))
+
+
+def _compared(study: Study, line: Line, strip: Field | None = None) -> list[Field]:
+    """A line's first columns, the same in all tables that compare by KL."""
+    fields = [method(line.method, line.frontier), Field(f"{line.bits:.2f}")]
+    if strip is None:
+        return fields
+    base = Field(title="what others are compared with") if line.method == study.baseline else None
+    fields += [strip, _said(line.of(KL), COMMON[KL]), base or _ratio(line, line.baseline), _ratio(line, line.cheaper)]
     return fields
 
 
-def _strip(name: str, kl: Estimate, floor: float | None, ends: tuple[float, float]) -> Field:
-    """Where a value lies on a logarithmic axis."""
+def _strip(line: Line, floor: float | None, ends: tuple[float, float]) -> Field:
+    """Where a divergence lies on a logarithmic axis."""
 
     def at(x: float | None) -> float:
         inside = min(max(x or 0.0, ends[0]), ends[1])
         return math.log(inside / ends[0]) / math.log(ends[1] / ends[0])
 
-    if kl.value <= 0:
-        return Field("")
-    low, high = (kl.value, kl.value) if kl.low is None else (kl.low, kl.high)
-    return Field("", colour=look(name).colour, strip=(at(kl.value), at(low), at(high), at(floor) if floor else 0.0))
+    value, low, high = line.of(KL)
+    if value <= 0:
+        return Field()
+    low, high = (value, value) if low is None else (low, high)
+    return Field(colour=look(line.method).colour, strip=(at(value), at(low), at(high), at(floor) if floor else 0.0))
 
 
-def _ratio(value: Estimate, contrast: Contrast | None) -> Field:
-    """How many times the other's, and whether the difference is real."""
+def _ratio(line: Line, contrast: Contrast | None) -> Field:
+    """How many times the other's divergence, and whether the difference is real."""
     if contrast is None:
-        return Field("")
-    other = value.value - contrast.difference.value
-    times = f" {number(value.value / other)}×" if other > 0 else ""
-    return Field(f"{MARKS[contrast.verdict]}{times}", verdict=contrast.verdict, title=contrast.words)
+        return Field()
+    value = line.of(KL).value
+    other = value - contrast.difference.value
+    return _marked(f"{number(value / other)}×" if other > 0 else "", "", contrast, MARKS)
 
 
-def _judged(contrast: Contrast | None) -> Field:
-    return Field(MARKS[contrast.verdict], verdict=contrast.verdict, title=contrast.words) if contrast else Field("")
-
-
-def _estimate(found: Any, name: str) -> Field:
-    if found is None:
-        return Field("")
-    if name == "agreement":
-        return Field(percent(found), spread(found))
-    return Field(number(found.value), interval(found)) if isinstance(found, Estimate) else Field(number(found))
+def _said(found: Estimate | float | None, told: Statistic, group: Group | None = None) -> Field:
+    """A statistic as it is read; that texts never part is no number."""
+    most = group.settings.get(told.bound) if group and told.bound else None
+    if isinstance(found, Estimate):
+        if most and found.value >= most:
+            return Field("never", f"in {most}")
+        return Field(percent(found), spread(found)) if told.share else Field(number(found.value), interval(found))
+    return Field(number(found))
 
 
 def _score(line: Line | None, contrast: Contrast | None) -> Field:
-    score = line and line.statistics.get("score")
-    if not isinstance(score, Estimate):
-        return Field("")
-    return _marked(percent(score), spread(score), contrast, UP)
-
-
-def _parting(row: Row, most: int | None) -> Field:
-    """Where texts part, on average; that they never do is no number."""
-    found = row.horizon and row.horizon.statistics.get("first_mismatch")
-    if isinstance(found, Estimate) and most and found.value >= most:
-        return Field("never", f"in {most}")
-    return _estimate(found, "first_mismatch")
-
-
-def _slope(row: Row) -> Field:
-    slope = row.horizon and row.horizon.statistics.get("slope")
-    if not isinstance(slope, Estimate):
-        return Field("")
-    return _marked(number(slope.value), interval(slope), row.growth, MARKS)
+    score = line and line.statistics.get(SCORE)
+    return _marked(percent(score), spread(score), contrast, UP) if isinstance(score, Estimate) else Field()
 
 
 def _marked(text: str, small: str, contrast: Contrast | None, marks: dict[str, str]) -> Field:
     """A number behind its verdict."""
     if contrast is None:
         return Field(text, small)
-    return Field(f"{marks[contrast.verdict]} {text}", small, contrast.verdict, contrast.words)
-
-
-def _first(by_group: Sequence[dict[str, Line]], name: str) -> tuple[float, str]:
-    """A method's bits on the first task that knows it."""
-    return next(lines[name].bits for lines in by_group if name in lines), name
-
-
-_SPREAD = {
-    "kl_median": ("median", "of all scored tokens, from bins of 12 %"),
-    "kl": ("mean", ""),
-    "kl_99.9%": ("99.9 %", "of all scored tokens, from bins of 12 %"),
-    "kl_max": ("largest", "of any scored token"),
-    "kl_inside": ("nothing packed", "tokens scored while all was exact still, mean of windows"),
-    "kl_beyond": ("packed", "tokens scored when some were packed, mean of windows"),
-    "kl_last": ("last quarter", "of the scored tokens, mean of windows"),
-}
-_WORDS = {"perplexity": "perplexity", "kl": "KL, nats", "agreement": "same first, %", "kl_99.9%": "KL, 99.9 %"}
-_WHY = {
-    "kl_99.9%": "of all scored tokens, from bins of 12 %",
-    "perplexity": "of the scored tokens",
-    "agreement": "share of tokens where both put the same one first",
-}
+    return Field(f"{marks[contrast.verdict]} {text}".strip(), small, contrast.verdict, contrast.words)

@@ -1,10 +1,11 @@
 """What the numbers say, in sentences."""
 
+from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
-from kvist.report.contrast import Contrast, Line
+from kvist.report.contrast import KL, SCORE
 from kvist.report.load import EXACT, Place
 from kvist.report.look import number
-from kvist.report.study import Row, Study
+from kvist.report.study import Study
 
 FEW = 5  # names in a sentence of the header
 TOO_FEW = 6  # items: no flip of fewer signs has a p below 5 %
@@ -29,19 +30,22 @@ def measured(study: Study) -> str:
 
 def frontier(study: Study, place: Place, named: bool = False) -> str:
     """The methods that nothing cheaper matches, and which of these steps are real."""
-    rows = [row.line for row in study.table(place) if row.line.frontier and row.line.method != EXACT]
+    rows = [line for line in study.table(place) if line.frontier and line.method != EXACT]
     group = study.divergence(place) or study.recall(place)
     if group is None or not rows:
         return ""
-    name = "kl" if study.divergence(place) else "score"
-    steps = [f"{line.method} ({line.bits:.2g} bits, {_said(name, line)})" for line in rows]
+    if study.divergence(place):
+        word, said = "KL", [f"KL {number(line.of(KL).value)}" for line in rows]
+    else:
+        word, said = "answers", [f"{100 * line.of(SCORE).value:.0f} % right" for line in rows]
+    steps = [f"{line.method} ({line.bits:.2g} bits, {each})" for line, each in zip(rows, said, strict=True)]
     if named and len(steps) > FEW:
         steps = [f"{len(steps)} methods, from {steps[0]} to {steps[-1]}"]
     tested = [line.cheaper for line in rows if line.cheaper]
     real = sum(each.verdict == "better" for each in tested)
     where = f"On {place}, " if named else ""
     # a first letter alone: names of methods stay as they are
-    lead = f"{where}the frontier of {_word(name)} against stored bits runs over {_listed(steps)}"
+    lead = f"{where}the frontier of {word} against stored bits runs over {_listed(steps)}"
     if not tested:
         end = ""
     elif group.whole.items < TOO_FEW:
@@ -61,8 +65,7 @@ def stressed(study: Study) -> str:
         strong = next((place for place in reversed(places) if place.stress != "none"), None)
         if plain is None or strong is None or not (study.divergence(plain) and study.divergence(strong)):
             continue
-        before = {row.line.method: _kl(row.line) for row in study.table(plain)}
-        after = {row.line.method: _kl(row.line) for row in study.table(strong)}
+        before, after = ({line.method: line.of(KL).value for line in study.table(each)} for each in (plain, strong))
         ratio = {m: after[m] / before[m] for m in after if before.get(m) and m != EXACT}
         if len(ratio) < 2:
             continue
@@ -77,12 +80,12 @@ def stressed(study: Study) -> str:
 def answered(study: Study, place: Place) -> str:
     """The cheapest method whose answers are not shown to be worse than those of the exact cache."""
     group = study.recall(place)
-    if group is None or not study.exact_contrasts(group):
+    against = study.against_exact(group) if group else {}
+    if group is None or not against:
         return ""
-    against = study.exact_contrasts(group)
-    good = [line for line in study.lines(group, "score") if line.method in against]
     # an interval that reaches zero, too: correcting for many tests must not make methods equal
-    good = [line for line in good if against[line.method].verdict != "worse" and _reaches(against[line.method])]
+    fair = {name for name, each in against.items() if each.verdict != "worse" and (each.difference.high or 0) >= 0}
+    good = [line for line in study.lines(group, SCORE) if line.method in fair]
     if not good:
         return f"{study.titles[group.number]}: every method answers really worse than the exact cache."
     first = good[0]
@@ -96,12 +99,17 @@ def answered(study: Study, place: Place) -> str:
 def notes(study: Study, place: Place) -> list[str]:
     """Sentences of one place: its frontier, its answers, what accumulates."""
     found = [frontier(study, place), answered(study, place)]
-    rows = study.table(place)
-    grows = [row for row in rows if row.growth is not None]
-    if grows:
-        real = [row.line.method for row in grows if _grows(row)]
-        words = _listed(real) if 0 < len(real) <= 6 else f"{len(real)} of {len(grows)} methods"
-        found.append(f"Divergence really grows with each decode step for {words if real else 'none'}.")
+    for group in study.fullest(place):
+        for told in kind_of(group.task).statistics.values():
+            grows = study.above_nothing(group, told.null) if told.null and study.lines(group) else {}
+            real = [
+                line.method
+                for line in study.table(place)
+                if line.method in grows and grows[line.method].verdict == "worse"
+            ]
+            words = _listed(real) if 0 < len(real) <= 6 else f"{len(real)} of {len(grows)} methods"
+            if grows:
+                found.append(f"Divergence really grows with each decode step for {words if real else 'none'}.")
     return [sentence for sentence in found if sentence]
 
 
@@ -109,28 +117,6 @@ def points(change: Estimate) -> str:
     """A difference of shares, in percentage points."""
     ends = "" if change.low is None else f" [{100 * change.low:+.1f}, {100 * (change.high or 0):+.1f}]"
     return f"{100 * change.value:+.1f}{ends} points".replace("-", "−")
-
-
-def _reaches(contrast: Contrast) -> bool:
-    return contrast.difference.high is None or contrast.difference.high >= 0
-
-
-def _grows(row: Row) -> bool:
-    return row.growth is not None and row.growth.verdict == "worse"
-
-
-def _kl(line: Line) -> float:
-    return line.of("kl").value
-
-
-def _said(name: str, line: Line) -> str:
-    if name == "kl":
-        return f"KL {number(_kl(line))}"
-    return f"{100 * line.of('score').value:.0f} % right"
-
-
-def _word(name: str) -> str:
-    return "KL" if name == "kl" else "answers"
 
 
 def _listed(words: list[str]) -> str:

@@ -9,32 +9,22 @@ import torch
 from torch import Tensor
 
 from kvist.evaluate.contenders import Contender
+from kvist.evaluate.measures import KL, LIKELIHOOD, Curves, Section, Statistic, Values, average
+from kvist.evaluate.registry import Source, task
+from kvist.evaluate.statistics import Estimate, mean, perplexity
 from kvist.evaluate.task import Measured
 from kvist.evaluate.tokenwise import Mode, Scores, exact, score
+from kvist.evaluate.windows import BUCKET, STEP, OfWindows, Text, Windowed, curve
 
-BUCKET = 64  # tokens whose mean is a point of a curve
+LAST = 256  # tokens scored at the end of long windows
 PER_DECADE, LEAST = 20, -12.0  # bins of divergences: a quantile of all tokens is known to 6 %
 
 
 @dataclass(frozen=True)
-class Text:
-    """Windows int64 (n, seqlen) of a text, the name it is known by, and the hash of its documents."""
+class Windows(OfWindows):
+    """What both tasks share. prompt: tokens of each window whose keys and values are exact when attention sees them;
+    step: tokens per update behind it, None for one update; chunk: tokens of a prompt read together."""
 
-    windows: Tensor
-    source: str
-    digest: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"source": self.source, "data": self.digest, "seqlen": self.windows.shape[1]}
-
-
-@dataclass(frozen=True)
-class Windows:
-    """What tasks on windows share. prompt: tokens of each window whose keys and values are exact when attention sees
-    them; step: tokens per update behind it, None for one update; chunk: tokens of a prompt read together."""
-
-    text: Text
     mode: Mode = "stored"
     prompt: int = 0
     step: int | None = None
@@ -45,13 +35,6 @@ class Windows:
     @property
     def settings(self) -> dict[str, Any]:
         return self.text.settings | {"mode": self.mode, "prompt": self.prompt, "step": self.step, "bucket": BUCKET}
-
-    @property
-    def count(self) -> int:
-        return len(self.text.windows)
-
-    def kin(self, item: int) -> None:
-        """All windows are of a length."""
 
     @property
     def recipes_only(self) -> bool:
@@ -105,11 +88,6 @@ def summed(found: Scores) -> dict[str, list]:
     }
 
 
-def curve(kl: Tensor, bucket: int = BUCKET) -> list[float]:
-    """Means of consecutive tokens, `bucket` at a time."""
-    return [part.mean().item() for part in kl.split(bucket)]
-
-
 def among(kl: Tensor, which: Tensor) -> list:
     """How many of the tokens, and their mean, or None."""
     chosen = kl[which]
@@ -136,3 +114,84 @@ def quantile(every: Sequence[dict[str, int]], share: float) -> float:
         if passed >= wanted:
             return 0.0 if bin_ <= LEAST * PER_DECADE else 10 ** ((bin_ + 0.5) / PER_DECADE)
     return math.nan
+
+
+def _quantile(share: float, word: str, *where) -> Statistic:
+    why = "of all scored tokens, from bins of 12 %"
+    return Statistic(("kl_counts",), lambda values, seed: quantile(values["kl_counts"], share), word, why, where)
+
+
+def _among(name: str, word: str, why: str) -> Statistic:
+    """The mean of the windows that have such tokens."""
+
+    def made(values: Values, seed: int) -> Estimate | None:
+        means = [kl for _, kl in values[name] if kl is not None]
+        return mean(means, seed) if means else None
+
+    return Statistic((name,), made, word, why, ("apart",))
+
+
+_ANY = "of any scored token"
+AGREEMENT = average("agreement", "same first, %", "share of tokens where both put the same one first", share=True)
+PERPLEXITY = Statistic(
+    ("nll", "tokens"),
+    lambda values, seed: perplexity(values["nll"], values["tokens"], seed),
+    "perplexity",
+    "of the scored tokens",
+)
+
+
+@dataclass(frozen=True)
+class Options(Windowed):
+    """mode: what a living cache holds ("stored", the default), or all tokens in one pass, as published."""
+
+    mode: Mode | None = None
+
+
+@dataclass(frozen=True)
+class LongOptions(Options):
+    """lengths: of windows, of each the last 256 tokens are scored; then `seqlen` does not count."""
+
+    lengths: tuple[int, ...] = ()
+
+
+@task(
+    "fidelity",
+    "KL from the exact cache: mean, quantiles, by position",
+    options=Options,
+    statistics={
+        "kl_median": _quantile(0.5, "median", "apart"),
+        "kl_99.9%": _quantile(0.999, "KL, 99.9 %", "table", "apart"),
+        "perplexity": PERPLEXITY,
+        "agreement": AGREEMENT,
+        "kl_max": Statistic(("kl_max",), lambda values, seed: max(values["kl_max"]), "largest", _ANY, ("apart",)),
+        "kl_inside": _among("inside", "nothing packed", "tokens scored while all was exact still, mean of windows"),
+        "kl_beyond": _among("beyond", "packed", "tokens scored when some were packed, mean of windows"),
+        "kl_last": _among("last", "last quarter", "of the scored tokens, mean of windows"),
+    },
+    section=Section("position", "Divergence by position, keys and values"),
+    figures=(Curves("kl_curve", "position in the window, means of {bucket} tokens", "prompt"),),
+    floors=True,
+)
+def fidelity(options: Options, source: Source) -> list[Fidelity]:
+    seqlen, mode = options.length(source), options.mode or "stored"
+    prompt, step = options.before(seqlen), None if mode == "simulated" else options.step or STEP
+    return [Fidelity(Text.first(options, source, seqlen), mode, prompt, step, options.chunk, options.batch)]
+
+
+@task(
+    "ppl",
+    "perplexity, of windows or of the last tokens of long ones",
+    options=LongOptions,
+    statistics={"agreement": AGREEMENT, "perplexity": PERPLEXITY},
+    compared={"log_perplexity": LIKELIHOOD, "kl": KL},
+)
+def ppl(options: LongOptions, source: Source) -> list[Perplexity]:
+    step, more = options.step or STEP, (options.chunk, options.batch)
+    if options.lengths:
+        texts = [Text.first(options, source, length) for length in options.lengths]
+        befores = [length - max(2, min(LAST, length // 2)) for length in options.lengths]
+        return [Perplexity(text, "stored", at, step, *more) for text, at in zip(texts, befores, strict=True)]
+    seqlen, streamed = options.length(source), options.prompt or options.step
+    text, prompt = Text.first(options, source, seqlen), options.before(seqlen)
+    return [Perplexity(text, options.mode or "stored", prompt, step if streamed else None, *more)]

@@ -10,7 +10,9 @@ from typing import Any
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.generation import Prefill, Prompt, generate
-from kvist.evaluate.prompts import chatted, need_template, split
+from kvist.evaluate.measures import average
+from kvist.evaluate.records import chatted, need_template, split
+from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
 
 DEFINITION = "gsm8k"
@@ -112,3 +114,26 @@ def _scorer() -> Any:
     """lm-eval's task on no problem in particular: enough for its filters and its metric."""
     nothing = [{"question": "", "answer": "#### 0"}]
     return definitions.task(DEFINITION, DEFINITION, {"train": nothing, "test": nothing})
+
+
+@dataclass(frozen=True)
+class Options:
+    """data_dir: where eval/gsm8k lies; shots: solved problems before each; chat: through the model's chat template."""
+
+    data_dir: Path | None = None
+    shots: int = 5
+    chat: bool = False
+    prefill: Prefill = "exact"
+    chunk: int = 8192
+    batch: int = 1
+
+
+@task(
+    "gsm8k",
+    "problems in words, few-shot; prompts and metrics of lm-eval",
+    options=Options,
+    statistics={name: average(name) for name in FILTERS},
+    rescored=rescored,
+)
+def gsm8k(options: Options, source: Source) -> list[GSM8K]:
+    return [GSM8K(source.tokenizer, source.longest, **vars(options))]

@@ -12,7 +12,8 @@ from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.prompts import chatted, need_template
+from kvist.evaluate.records import chatted, need_template
+from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
 from kvist.evaluate.tokenwise import Mode
 
@@ -145,10 +146,10 @@ def tasks(
         except Exception as error:  # lm-eval, datasets and the hub's client raise many kinds
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"{', '.join(names)} cannot be made by lm-eval: {reason}; try another task") from error
-    for task in made.values():
-        if shots is not None and task.config.num_fewshot != 0:
-            task.set_config(key="num_fewshot", value=shots)
-    return [Harness(task, tokenizer, chat=chat, **options) for task in made.values()]
+    for one in made.values():
+        if shots is not None and one.config.num_fewshot != 0:
+            one.set_config(key="num_fewshot", value=shots)
+    return [Harness(one, tokenizer, chat=chat, **options) for one in made.values()]
 
 
 def harness_seed() -> int:
@@ -187,3 +188,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool | str) or value is None:
         return value
     return value.tolist() if hasattr(value, "tolist") else float(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """shots: examples before a question, by default the task's; chat: through the model's chat template; mode: how
+    log-likelihoods are taken; tasks_dir: a folder with definitions of one's own."""
+
+    shots: int | None = None
+    chat: bool = False
+    mode: Mode | None = None
+    tasks_dir: Path | None = None
+    batch: int = 1
+
+
+@task(
+    "lm-eval",
+    "any task of lm-eval, several with commas: log-likelihoods, simulated or stored",
+    options=Options,
+    suffix="NAME",
+    bare=False,
+)
+def named(options: Options, source: Source) -> list[Harness]:
+    given = {"shots": options.shots, "chat": options.chat, "batch": options.batch}
+    # a continuation fits the exact window of many methods: stored shows nothing
+    mode = options.mode or "simulated"
+    return tasks(source.of.split(","), source.tokenizer, options.tasks_dir, mode=mode, **given)

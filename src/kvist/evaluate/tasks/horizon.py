@@ -11,24 +11,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvist.evaluate.contenders import Contender, fill
 from kvist.evaluate.generation import forward, living, read, states_of, steps
+from kvist.evaluate.measures import Curves, Dots, Numbers, Section, Statistic, Values, average
+from kvist.evaluate.registry import Source, task
+from kvist.evaluate.statistics import Estimate, mean
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tasks.fidelity import BUCKET, Text, curve
 from kvist.evaluate.tokenwise import Exact, compared, exact, score
+from kvist.evaluate.windows import BUCKET, STEP, OfWindows, Text, Windowed, curve
+
+HORIZON = 1500  # tokens of a window
+SKIPPED = 4  # points of a curve
 
 
 @dataclass(frozen=True)
-class Horizon:
+class Horizon(OfWindows):
     """Windows whose tokens are decoded in steps behind a prompt (may be empty). at: decoded tokens after which the
     same history is quantized at once, too; probe: tokens scored there. free: greedy tokens behind the first half of
     each window, 0 for none."""
 
-    text: Text
     prompt: int = 0
     step: int = 1
     at: tuple[int, ...] = ()
@@ -44,13 +50,6 @@ class Horizon:
     def settings(self) -> dict[str, Any]:
         own = {"prompt": self.prompt, "step": self.step, "bucket": BUCKET, "at": list(self.at), "probe": self.probe}
         return self.text.settings | own | {"free_steps": self.free, "steps": self.text.windows.shape[1] - self.prompt}
-
-    @property
-    def count(self) -> int:
-        return len(self.text.windows)
-
-    def kin(self, item: int) -> None:
-        """All windows are of a length."""
 
     def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
         known = exact(model, self.text.windows[list(items)], self.prompt, self.chunk)
@@ -119,3 +118,81 @@ class Horizon:
                 first += logits.shape[1]
                 same.append(logits.argmax(-1) == text[:, first - logits.shape[1] + 1 : first + 1])
         return torch.cat(same, dim=1).long().cumprod(1).sum(1).tolist()
+
+
+def slopes(values: Values) -> list[float]:
+    """Divergence gained per 1,000 steps: least squares per window over its curve, behind the first steps, where
+    nothing is packed yet. None for curves that are too short."""
+    curves = [curve[SKIPPED:] for curve in values["kl_curve"]]
+    if min(map(len, curves)) < 2:
+        return []
+    steps = np.arange(min(map(len, curves))) * (BUCKET / 1000)
+    return [float(np.polyfit(steps, curve[: len(steps)], 1)[0]) for curve in curves]
+
+
+def _slope(values: Values, seed: int) -> Estimate | None:
+    found = slopes(values)
+    return mean(found, seed) if found else None
+
+
+def _probed(which: int) -> Numbers:
+    """At the last of the probed steps: 1, streamed; 2, at once. Nothing where none was probed."""
+    return lambda values: [float(each[-1][which]) for each in values["kl_at_once"] if each]
+
+
+@dataclass(frozen=True)
+class Options(Windowed):
+    """free: greedy tokens behind the first half of each window, until texts part."""
+
+    free: int = 128
+
+
+@task(
+    "horizon",
+    "KL by decode step, history quantized as it is produced; where greedy texts part",
+    options=Options,
+    statistics={
+        "slope": Statistic(
+            ("kl_curve", "kl_at_once"),
+            _slope,
+            "KL per 1K steps",
+            "growth while decoding; ▲ really grows, = not shown to",
+            ("beside",),
+            null=slopes,
+        ),
+        "first_mismatch": average(
+            "first_mismatch",
+            "text parts at",
+            "first greedy token that differs, mean",
+            where=("beside",),
+            bound="free_steps",
+        ),
+    },
+    section=Section(
+        "horizon",
+        "Divergence by horizon",
+        "Text is decoded step by step; history is quantized as it is produced.",
+    ),
+    figures=(
+        Curves("kl_curve", "decode step, means of {bucket} steps"),
+        Dots(
+            "at-once",
+            "What has accumulated",
+            ("kl_at_once",),
+            {"streamed": _probed(1), "at once": _probed(2)},
+            "KL, nats",
+            "At the last of the probed steps: history quantized as it was produced (filled), and the same history "
+            "quantized at once (hollow); whiskers: 95 % bootstrap. A strong line: the difference is real (paired, "
+            "Holm-corrected in its column).",
+            paired=True,
+        ),
+    ),
+)
+def horizon(options: Options, source: Source) -> list[Horizon]:
+    seqlen = options.length(source, HORIZON)
+    if seqlen < 4:
+        raise ValueError(f"horizon needs windows of at least 4 tokens, found --seqlen {seqlen}")
+    prompt, step = options.before(seqlen), options.step or STEP
+    at = tuple(range(STEP * 8, seqlen - prompt - STEP, max(STEP, (seqlen - prompt) // 4 // STEP * STEP)))
+    free, text = min(options.free, seqlen // 2), Text.first(options, source, seqlen)
+    return [Horizon(text, prompt, step, at, STEP, free, options.chunk, options.batch)]

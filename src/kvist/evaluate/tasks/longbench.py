@@ -3,14 +3,15 @@ lm-eval's; ours are the data's place, the middle that is left out of what a mode
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.generation import Prefill, Prompt, generate
-from kvist.evaluate.prompts import chatted, need_template, split, tokens, without_middle
+from kvist.evaluate.records import chatted, need_template, split, tokens, without_middle
+from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
 
 FOLDER = "longbench"
@@ -161,3 +162,24 @@ def _scorer(dataset: str) -> Any:
     """lm-eval's task on no document in particular: enough for its prompt, its limits and its metric."""
     nothing = {"context": "", "question": "", "answers": [""], "all_classes": [""]}
     return definitions.task(FOLDER, PREFIX + dataset, {"test": [nothing]})
+
+
+@dataclass(frozen=True)
+class Options:
+    """data_dir: where eval/longbench lies; chat: through the model's chat template, where the benchmark does."""
+
+    data_dir: Path | None = None
+    chat: bool = False
+    prefill: Prefill = "exact"
+    chunk: int = 8192
+    batch: int = 1
+
+
+def _every(options: Options, source: Source, extended: bool) -> list[LongBench]:
+    chosen = [source.of] if source.of else datasets(extended)
+    return [LongBench(dataset, source.tokenizer, source.longest, **vars(options)) for dataset in chosen]
+
+
+_ALL = "all of LongBench, or longbench:NAME; prompts and metrics of lm-eval"
+task("longbench", _ALL, options=Options, rescored=rescored, suffix="NAME")(partial(_every, extended=False))
+task("longbench-e", "all of LongBench-E", options=Options)(partial(_every, extended=True))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from kvist.evaluate.contenders import Contender, bits, fill
 from kvist.evaluate.generation import living, steps, whole
+from kvist.evaluate.measures import Dots, Section, average, column
+from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tasks.fidelity import Text
 from kvist.evaluate.tokenwise import Exact, compared, exact
+from kvist.evaluate.windows import STEP, OfWindows, Text, Windowed
 from kvist.models.adapter import describe
 
 PADDING = 13  # slots: no multiple of a group or a page
@@ -24,13 +26,12 @@ FACTORS = ("padding", "batch", "chunk")
 
 
 @dataclass(frozen=True)
-class Nuisance:
+class Nuisance(OfWindows):
     """Windows with a prompt; the tokens behind it are decoded in steps. Each window goes alone, then padded, then
     beside the window after it, then with its prompt read in four chunks."""
 
-    text: Text
     prompt: int
-    step: int = 32
+    step: int = STEP
     batch = 1
     name = "nuisance"
     metric = 1
@@ -39,13 +40,6 @@ class Nuisance:
     @property
     def settings(self) -> dict[str, Any]:
         return self.text.settings | {"prompt": self.prompt, "step": self.step, "padding": PADDING}
-
-    @property
-    def count(self) -> int:
-        return len(self.text.windows)
-
-    def kin(self, item: int) -> None:
-        """All windows are of a length."""
 
     @torch.no_grad()
     def measure(self, model, contenders: Sequence[Contender], items: Sequence[int]) -> Iterator[Measured]:
@@ -76,3 +70,29 @@ class Nuisance:
             fill(cache, known.states, whole(known.mask[:, : known.prompt]))
             parts = list(steps(model, cache, known.ids, known.mask, known.prompt, self.step))
             return torch.cat(parts, dim=1), bits(cache, describe(model).shape, batch)
+
+
+@task(
+    "nuisance",
+    "padding, batch and chunks, which should change nothing",
+    options=Windowed,
+    statistics={f"{what}_{factor}": average(f"{what}_{factor}") for factor in FACTORS for what in ("kl", "shift")},
+    section=Section("nuisance", "What should change nothing"),
+    figures=(
+        Dots(
+            "factors",
+            "What should change nothing",
+            tuple(f"kl_{factor}" for factor in FACTORS),
+            {factor: column(f"kl_{factor}") for factor in FACTORS},
+            "KL, nats",
+            "KL between a method's own distributions with and without padding on the left, another row in the batch, "
+            "and other chunks of the prompt. Grey band: what the same does to the exact cache, and rounding; whiskers: "
+            "95 % bootstrap.",
+            band=True,
+        ),
+    ),
+)
+def nuisance(options: Windowed, source: Source) -> list[Nuisance]:
+    seqlen = options.length(source)
+    prompt = options.before(seqlen, seqlen // 2)
+    return [Nuisance(Text.first(options, source, seqlen), prompt, options.step or STEP)]

@@ -5,16 +5,21 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from kvist.calibrate.text import BLANK, WIDE, digest, encode
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.generation import Prefill, Prompt, generate
+from kvist.evaluate.measures import Maps, Section
 from kvist.evaluate.questions import Question
+from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
+from kvist.evaluate.windows import FromText
 
+DEEP = ("passkey", "needle")
+ROOM = 128  # tokens for a question and its answer
 SLACK = 4  # tokens that an answer may take beyond the true one
 # KIVI's passkey: noise around the number, not a text
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -94,7 +99,7 @@ class Recall:
     @property
     def deep(self) -> bool:
         """Whether one fact is asked for, at a depth."""
-        return self.kind in ("passkey", "needle")
+        return self.kind in DEEP
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,3 +174,49 @@ def plant(tokenizer, question: Question, haystack: Haystack, length: int, depth:
 def _nearest(ends: list[int], wanted: float) -> int:
     after = bisect.bisect_left(ends, wanted)
     return min((i for i in (after - 1, after) if 0 <= i < len(ends)), key=lambda i: abs(ends[i] - wanted))
+
+
+@dataclass(frozen=True)
+class Options:
+    """lengths: of contexts in tokens, by default quarters of what the model knows; depths: how many, from the start to
+    the end; samples: per length and depth; prefill: how a context is read; chunk: tokens of it at a time."""
+
+    lengths: tuple[int, ...] = ()
+    depths: int = 5
+    samples: int = 4
+    seed: int = 0
+    prefill: Prefill = "exact"
+    chunk: int = 8192
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class TextOptions(Options, FromText):
+    """The same, hidden in a text."""
+
+
+def recall(kind: str, options: Options, source: Source) -> list[Recall]:
+    """A task of one kind of question. Lengths leave room for the question and its answer."""
+    room, most = source.longest - ROOM, options.samples
+    lengths = options.lengths or tuple(room * part // 4 for part in (1, 2, 3, 4))
+    text = isinstance(options, TextOptions)
+    hay = Haystack(tuple(source.documents), options.data) if text else Haystack.noise()
+    depths = tuple(round(i / max(1, options.depths - 1), 4) for i in range(options.depths))
+    samples = most if kind in DEEP else most * len(depths)
+    if too_long := [length for length in lengths if length > room]:
+        raise ValueError(
+            f"the model knows {source.longest} positions; contexts have at most {room}, found {too_long[0]}"
+        )
+    given = (source.tokenizer, hay, lengths, depths, samples)
+    return [Recall(kind, *given, options.seed, options.prefill, options.chunk, options.batch)]
+
+
+for _kind, _words in questions.WORDING.items():
+    task(
+        _kind,
+        _words,
+        options=Options if _kind == "passkey" else TextOptions,
+        section=Section("maps", "Finding a fact", "Maps of right answers, the best above."),
+        figures=(Maps(),),
+        rescored=rescored,
+    )(partial(recall, _kind))

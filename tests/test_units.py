@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.cli.show import parse_count, parse_size
+from kvist.units import parse_count, parse_size
 
 
 @pytest.mark.parametrize(

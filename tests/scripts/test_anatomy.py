@@ -1,13 +1,17 @@
 """Planted sinks and outliers are found where they were planted; what is reported is what the model computes."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from models_tiny import llama_config, sharpen, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
-from kvist.evaluate.anatomy import BEHIND, anatomy, sentences
-from tests.models_tiny import llama_config, sharpen, tiny_llama, tokens
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from anatomy import BEHIND, anatomy, sentences
 
 FIRST = 5  # a token that stands at the start alone
 DIM = 32
