@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import kvist
 from kvist.artifact import JSON, TENSORS, Artifact
 from kvist.methods.kvquant import recipe
+from kvist.models.compat import cache_argument
 
 
 class Hub:
@@ -124,6 +125,6 @@ def test_a_fine_tuned_model_is_accepted_and_served(tmp_path):
     model.config.attention_dropout = 0.1
     cache = kvist.Cache(model, "kvquant", artifact=str(tmp_path))
     with torch.no_grad():
-        model(tokens(1, 100), past_key_values=cache)
-        assert model(tokens(1, 1), past_key_values=cache).logits.isfinite().all()
+        model(tokens(1, 100), **cache_argument(cache))
+        assert model(tokens(1, 1), **cache_argument(cache)).logits.isfinite().all()
     assert cache.report().packed > 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kvist.models.compat import CACHE_KEYWORD
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -97,10 +99,9 @@ def test_python_blocks_compile(page):
         compile(block, page, "exec")
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_block_on_the_bundled_model_runs(capsys):
     (block,) = (block for block in BLOCKS if "kvist.demo" in block)
-    quick = block.replace("max_new_tokens=8", "max_new_tokens=2")
+    quick = block.replace("max_new_tokens=8", "max_new_tokens=2").replace(" cache=", f" {CACHE_KEYWORD}=")
     assert quick != block
     scope = {}
     exec(compile(quick, "README.md", "exec"), scope)

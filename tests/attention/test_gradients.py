@@ -5,6 +5,7 @@ import torch
 from models_tiny import tiny_llama
 
 import kvist
+from kvist.models.compat import cache_argument
 
 
 @pytest.mark.parametrize("method", ["kivi recent=32", "hadamard", "exact"])
@@ -17,7 +18,7 @@ def test_forward_with_gradients_on_gives_the_same_logits(method, attached):
     for grad in (False, True):
         cache = kvist.Cache(model, method)
         with torch.set_grad_enabled(grad):
-            outs = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 100), (100, 129), (129, 130))]
+            outs = [model(ids[:, a:b], **cache_argument(cache)).logits for a, b in ((0, 100), (100, 129), (129, 130))]
         logits.append(torch.cat(outs, 1))
     torch.testing.assert_close(logits[1].detach(), logits[0], rtol=1e-4, atol=1e-4)
     if attached and method != "exact":

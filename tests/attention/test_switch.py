@@ -11,6 +11,7 @@ from kvist.attention.function import HARMLESS, UNDERSTOOD, packed_attention, ref
 from kvist.attention.mask import LazyMask, lazy_mask
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
+from kvist.models.compat import cache_argument
 
 KINDS = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
@@ -23,9 +24,9 @@ def llama(attention: str = "sdpa") -> LlamaForCausalLM:
 def run(model, cache, steps: int = 3, batch: int = 2) -> torch.Tensor:
     ids = tokens(batch, 120 + steps)
     mask = torch.ones(batch, 120 + steps, dtype=torch.long)
-    out = [model(ids[:, :120], past_key_values=cache, attention_mask=mask[:, :120]).logits]
+    out = [model(ids[:, :120], **cache_argument(cache), attention_mask=mask[:, :120]).logits]
     for i in range(120, 120 + steps):
-        out.append(model(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1]).logits)
+        out.append(model(ids[:, i : i + 1], **cache_argument(cache), attention_mask=mask[:, : i + 1]).logits)
     return torch.cat(out, 1)
 
 
@@ -235,6 +236,6 @@ def test_without_the_switch_inference_mode_reads_the_same():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             cache = kvist.Cache(tiny_llama(), "kivi:2 recent=32")
-            parts = [tiny_llama()(ids[:, i : i + 30], past_key_values=cache).logits for i in range(0, 150, 30)]
+            parts = [tiny_llama()(ids[:, i : i + 30], **cache_argument(cache)).logits for i in range(0, 150, 30)]
             found.append(torch.cat(parts, 1))
     assert torch.equal(*found)

@@ -10,6 +10,7 @@ from kvist.bench import device_time, end_to_end, goals, gpu, headline, kernel_co
 from kvist.bench.kernel_storage import Shape, filled, kernel, queries, read, step, twins
 from kvist.bench.standing import standing
 from kvist.kernels.attend import attend
+from kvist.models.compat import cache_argument
 
 pytest.importorskip("triton")
 
@@ -209,11 +210,11 @@ def test_a_standing_cache_is_a_cache_without_its_oldest_token():
     model = end_to_end.model_of("llama-3-8b", CPU, True, 100)
     cache, (token, at) = standing(1, (1, 32), 40, CPU), torch.tensor([[[3]], [[40]]])
     with torch.no_grad():
-        found = model(input_ids=token, position_ids=at, past_key_values=cache).logits
-        again = model(input_ids=token, position_ids=at, past_key_values=cache).logits
+        found = model(input_ids=token, position_ids=at, **cache_argument(cache)).logits
+        again = model(input_ids=token, position_ids=at, **cache_argument(cache)).logits
         grown = end_to_end.generation.DynamicCache()
         grown.update(*(x[:, :, :40].clone() for x in (cache.layers[0].keys, cache.layers[0].values)), 0)
-        expected = model(input_ids=token, position_ids=at, past_key_values=grown).logits
+        expected = model(input_ids=token, position_ids=at, **cache_argument(grown)).logits
     assert torch.equal(found, again) and torch.equal(found, expected)
 
 
@@ -226,7 +227,7 @@ def test_one_layer_copied_is_a_layer_filled_alike():
     a, b = (kernel_gate.View.after(layer) for layer in cache.ours)
     assert all(torch.equal(a.dense(side), b.dense(side)) for side in (0, 1))
     with torch.no_grad():
-        model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[3]]), **cache_argument(cache))
     assert cache.ours[1].lengths == [301]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import kvist
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
+from kvist.models.compat import cache_argument
 
 ROUGH = (14, 13, 12, 11)  # significant bits of the oracle's rough runs, of fp32's 24
 MARGIN = 4
@@ -177,7 +178,7 @@ def generating(inputs: dict[str, Tensor], new: int, seed: int = 0, **options) ->
         torch.manual_seed(seed)
         settings = {"max_new_tokens": new, "do_sample": False} | options
         out = model.generate(
-            **inputs, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **settings
+            **inputs, **cache_argument(cache), output_logits=True, return_dict_in_generate=True, **settings
         )
         return Spoken(list(out.logits), out.sequences)
 

@@ -6,6 +6,7 @@ from cases import CASES, recipe
 from models_tiny import tiny_llama, unpadded
 
 import kvist
+from kvist.models.compat import cache_argument
 from kvist.types import Geometry
 
 SHAPE = Geometry(2, 40, 40, torch.float32)
@@ -21,7 +22,7 @@ def test_bill_equals_the_measured_allocation(text, batch, reserved):
         reserve = length + 77 if reserved else 0
         cache = kvist.Cache(model, recipe(text, 40), reserve=reserve)
         with torch.no_grad():
-            model(**unpadded(batch, length), past_key_values=cache)
+            model(**unpadded(batch, length), **cache_argument(cache))
         bill = cache.recipe.bill(SHAPE, 2, length, batch, reserve)
         assert dict(bill) == {item: nbytes for item, nbytes in cache.report().allocated.items() if nbytes}
 
@@ -33,7 +34,7 @@ def test_report_counts_every_token_and_no_more_than_it_allocates(text):
     with torch.no_grad():
         for count in (150, 1, 40, 1):
             mask = torch.ones(3, cache.get_seq_length() + count)
-            model(unpadded(3, count)["input_ids"], attention_mask=mask, past_key_values=cache)
+            model(unpadded(3, count)["input_ids"], attention_mask=mask, **cache_argument(cache))
             report = cache.report()
             assert report.tokens == 3 * cache.get_seq_length() == report.packed + report.exact
             assert report.elements == report.tokens * 2 * 2 * 2 * 32
@@ -58,7 +59,7 @@ def test_more_tokens_than_reserved_grow():
     model = tiny_llama()
     cache = kvist.Cache(model, recipe("kivi:2 recent=32"), reserve=100)
     with torch.no_grad():
-        model(**unpadded(1, 90), past_key_values=cache)
+        model(**unpadded(1, 90), **cache_argument(cache))
         before = cache.report().nbytes
-        model(unpadded(1, 400)["input_ids"], past_key_values=cache)
+        model(unpadded(1, 400)["input_ids"], **cache_argument(cache))
     assert cache.get_seq_length() == 490 and cache.report().nbytes > before

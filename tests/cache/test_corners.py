@@ -10,6 +10,7 @@ from models_tiny import tiny_llama, tokens
 import kvist
 from kvist.coding import Codec, Grouping, Hadamard, Raw
 from kvist.methods import get
+from kvist.models.compat import cache_argument
 
 HEADS, DIM = 2, 32
 
@@ -46,10 +47,10 @@ def test_a_first_chunk_of_padding_alone(method, attached):
     with torch.no_grad():
         for a, b in ((0, 64), (64, 128), (128, 200)):
             found = model(
-                ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache
+                ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **cache_argument(cache)
             ).logits
         whole = kvist.Cache(model, method)
-        alone = [model(ids[:, a:b], past_key_values=whole).logits for a, b in ((100, 128), (128, 200))][-1]
+        alone = [model(ids[:, a:b], **cache_argument(whole)).logits for a, b in ((100, 128), (128, 200))][-1]
     if attachment is not None:
         attachment.close()
     assert cache.report().tokens == 100
@@ -80,9 +81,9 @@ def test_what_inference_mode_stored_goes_on_outside_of_it():
     for mode in (torch.inference_mode, torch.no_grad):
         cache = kvist.Cache(model, "kivi recent=32")
         with mode():
-            model(ids[:, :70], past_key_values=cache)
+            model(ids[:, :70], **cache_argument(cache))
         with torch.no_grad():
-            logits.append(model(ids[:, 70:], past_key_values=cache).logits)
+            logits.append(model(ids[:, 70:], **cache_argument(cache)).logits)
     assert torch.equal(*logits)
 
 
@@ -95,19 +96,19 @@ def test_an_interrupted_forward_is_mended():
         raise KeyboardInterrupt
 
     with torch.no_grad():
-        model(ids[:, :50], past_key_values=cache)
+        model(ids[:, :50], **cache_argument(cache))
         hook = model.model.layers[1].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 50:], past_key_values=cache)
+            model(ids[:, 50:], **cache_argument(cache))
         hook.remove()
         torn = copy.deepcopy(cache)
         with pytest.raises(RuntimeError, match="mend"):
-            model(ids[:, 50:], past_key_values=torn)
+            model(ids[:, 50:], **cache_argument(torn))
         cache.mend()
         assert cache.get_seq_length() == 50
         fresh = kvist.Cache(model, "kivi recent=32")
-        model(ids[:, :50], past_key_values=fresh)
-        after, expected = (model(ids[:, 50:], past_key_values=each).logits for each in (cache, fresh))
+        model(ids[:, :50], **cache_argument(fresh))
+        after, expected = (model(ids[:, 50:], **cache_argument(each)).logits for each in (cache, fresh))
     assert torch.equal(after, expected)
 
 
@@ -115,7 +116,7 @@ def test_a_changed_byte_in_a_file_is_noticed(tmp_path):
     model = tiny_llama()
     cache = kvist.Cache(model, "int8")
     with torch.no_grad():
-        model(torch.arange(1, 60)[None], past_key_values=cache)
+        model(torch.arange(1, 60)[None], **cache_argument(cache))
     path = tmp_path / "cache.kvist"
     cache.save(path)
     data = bytearray(path.read_bytes())
@@ -129,7 +130,7 @@ def test_a_file_holds_tokens_not_room(tmp_path):
     model = tiny_llama()
     cache = kvist.Cache(model, "exact", reserve=50_000)
     with torch.no_grad():
-        model(torch.arange(1, 51)[None], past_key_values=cache)
+        model(torch.arange(1, 51)[None], **cache_argument(cache))
     cache.save(tmp_path / "cache.kvist")
     held = sum(2 * layer.shape.heads * 50 * layer.shape.key_dim * 4 for layer in cache.layers)
     assert (tmp_path / "cache.kvist").stat().st_size < 2 * held + 8192
@@ -157,8 +158,8 @@ def test_a_number_of_slots_to_crop_may_be_a_tensor(method):
     cache, said = [kvist.Cache(model, method) for _ in range(2)], []
     for living, kind in zip(cache, (int, torch.tensor), strict=True):
         with torch.no_grad():
-            model(tokens(1, 60), past_key_values=living)
+            model(tokens(1, 60), **cache_argument(living))
             living.crop(kind(-5))
-            said.append([model(tokens(1, n, seed=n), past_key_values=living).logits for n in (1, 3)])
+            said.append([model(tokens(1, n, seed=n), **cache_argument(living)).logits for n in (1, 3)])
         assert all(type(layer.slots) is int for layer in living.ours) and type(living.rows.slots) is int
     assert all(torch.equal(a, b) for a, b in zip(*said, strict=True))

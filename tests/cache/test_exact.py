@@ -6,6 +6,7 @@ from models_tiny import padded, tiny_llama, tokens, unpadded
 from transformers import DynamicCache
 
 import kvist
+from kvist.models.compat import cache_argument
 
 INPUTS = {"unpadded": unpadded(2, 150), "one row": unpadded(1, 90), "left-padded": padded([150, 97, 12])}
 
@@ -19,7 +20,7 @@ def test_generate_is_bit_identical(which, options, attention):
         torch.manual_seed(3)
         settings = {"max_new_tokens": 30, "do_sample": False} | options
         out = model.generate(
-            **INPUTS[which], past_key_values=cache, output_logits=True, return_dict_in_generate=True, **settings
+            **INPUTS[which], **cache_argument(cache), output_logits=True, return_dict_in_generate=True, **settings
         )
         said.append(out)
     assert torch.equal(said[0].sequences, said[1].sequences)
@@ -35,7 +36,7 @@ def test_attached_is_bit_identical_too():
         attachment = kvist.attach(model) if attached else None
         out = model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=20,
             do_sample=False,
             output_logits=True,
@@ -52,11 +53,11 @@ def test_crop_and_reorder_are_bit_identical():
     for cache in (DynamicCache(config=model.config), kvist.Cache(model, "exact")):
         logits, mask = [], torch.ones(3, 200, dtype=torch.long)
         with torch.no_grad():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
             for depth in (3, 40):
                 cache.crop(-depth)
                 cache.reorder_cache(torch.tensor([1, 2, 0]))
                 stop = cache.get_seq_length() + 5
-                logits.append(model(tokens(3, 5, depth), attention_mask=mask[:, :stop], past_key_values=cache).logits)
+                logits.append(model(tokens(3, 5, depth), attention_mask=mask[:, :stop], **cache_argument(cache)).logits)
         said.append(torch.cat(logits, 1))
     assert torch.equal(*said)

@@ -11,6 +11,7 @@ import kvist
 from kvist.cache import look
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
+from kvist.models.compat import cache_argument
 
 HEADS, QUERIES, DIM = 2, 8, 128
 SIXTEEN = 16 << 10
@@ -124,7 +125,7 @@ def test_attached_decode_never_decodes_a_track(text, monkeypatch):
 
     monkeypatch.setattr(View, "dense", refuse)
     with kvist.attach(model):
-        out = model.generate(**inputs, past_key_values=kvist.Cache(model, plan), max_new_tokens=40, do_sample=False)
+        out = model.generate(**inputs, **cache_argument(kvist.Cache(model, plan)), max_new_tokens=40, do_sample=False)
     assert out.shape == (2, 190)
 
 
@@ -134,7 +135,7 @@ def test_not_attached_decodes_and_says_so(monkeypatch):
     monkeypatch.setattr(View, "dense", lambda self, side: calls.append(side) or dense(self, side))
     model.set_attn_implementation("eager")
     try:
-        model.generate(tokens(1, 100), past_key_values=kvist.Cache(model, "kivi:2 recent=32"), max_new_tokens=3)
+        model.generate(tokens(1, 100), **cache_argument(kvist.Cache(model, "kivi:2 recent=32")), max_new_tokens=3)
     finally:
         model.set_attn_implementation("sdpa")
     assert calls

@@ -6,6 +6,7 @@ from cases import recipe
 from models_tiny import padded, tiny_llama, tokens, unpadded
 
 import kvist
+from kvist.models.compat import cache_argument
 
 
 @pytest.fixture
@@ -16,46 +17,46 @@ def cache():
 def test_four_dimensional_masks(cache):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"2-D padding mask.*\(1, 1, 20, 20\)"):
-        tiny_llama()(tokens(1, 20), attention_mask=mask, past_key_values=cache)
+        tiny_llama()(tokens(1, 20), attention_mask=mask, **cache_argument(cache))
     with pytest.raises(ValueError, match="dict"):
-        tiny_llama()(tokens(1, 20), attention_mask={"full_attention": mask}, past_key_values=cache)
+        tiny_llama()(tokens(1, 20), attention_mask={"full_attention": mask}, **cache_argument(cache))
 
 
 def test_batch_whose_mask_was_not_seen(cache):
     with pytest.raises(ValueError, match="batch of 2 arrived without its attention mask"):
-        tiny_llama().model(**padded([20, 10]), past_key_values=cache)
+        tiny_llama().model(**padded([20, 10]), **cache_argument(cache))
 
 
 def test_one_row_needs_no_mask(cache):
     with torch.no_grad():
-        tiny_llama().model(tokens(1, 20), past_key_values=cache)
+        tiny_llama().model(tokens(1, 20), **cache_argument(cache))
     assert cache.get_seq_length() == 20
 
 
 def test_mask_that_changes_its_mind(cache):
     inputs = padded([40, 30])
     with torch.no_grad():
-        tiny_llama()(**inputs, past_key_values=cache)
+        tiny_llama()(**inputs, **cache_argument(cache))
     with pytest.raises(ValueError, match="differs from the one with which earlier tokens were stored"):
-        tiny_llama()(tokens(2, 1), attention_mask=torch.ones(2, 41), past_key_values=cache)
+        tiny_llama()(tokens(2, 1), attention_mask=torch.ones(2, 41), **cache_argument(cache))
     changed = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1)
     changed[0, 5] = 0
     with pytest.raises(ValueError, match="differs"):
-        tiny_llama()(tokens(2, 1), attention_mask=changed, past_key_values=cache)
+        tiny_llama()(tokens(2, 1), attention_mask=changed, **cache_argument(cache))
 
 
 def test_mask_that_is_too_short(cache):
     with torch.no_grad():
-        tiny_llama()(**unpadded(2, 40), past_key_values=cache)
+        tiny_llama()(**unpadded(2, 40), **cache_argument(cache))
     with pytest.raises(ValueError, match="covers 1 slots but the cache holds 40"):
-        tiny_llama()(tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+        tiny_llama()(tokens(2, 1), attention_mask=torch.ones(2, 1), **cache_argument(cache))
 
 
 def test_wrong_batch(cache):
     with torch.no_grad():
-        tiny_llama()(**unpadded(2, 40), past_key_values=cache)
+        tiny_llama()(**unpadded(2, 40), **cache_argument(cache))
     with pytest.raises(ValueError, match="holds 2 rows, found a batch of 3"):
-        tiny_llama()(tokens(3, 1), attention_mask=torch.ones(3, 41), past_key_values=cache)
+        tiny_llama()(tokens(3, 1), attention_mask=torch.ones(3, 41), **cache_argument(cache))
 
 
 def test_refused_calls_leave_no_trace(cache):
@@ -63,16 +64,16 @@ def test_refused_calls_leave_no_trace(cache):
     inputs, said = padded([60, 50]), []
     with torch.no_grad():
         for one in (cache, fresh):
-            model(**inputs, past_key_values=one)
+            model(**inputs, **cache_argument(one))
         with pytest.raises(ValueError):
-            model(tokens(2, 1), attention_mask=torch.ones(2, 61), past_key_values=cache)
+            model(tokens(2, 1), attention_mask=torch.ones(2, 61), **cache_argument(cache))
         with pytest.raises(ValueError):
-            model(tokens(3, 1), attention_mask=torch.ones(3, 61), past_key_values=cache)
+            model(tokens(3, 1), attention_mask=torch.ones(3, 61), **cache_argument(cache))
         with pytest.raises(ValueError):
             cache.crop(5)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
         for one in (cache, fresh):
-            said.append(model(tokens(2, 3), attention_mask=mask, past_key_values=one).logits)
+            said.append(model(tokens(2, 3), attention_mask=mask, **cache_argument(one)).logits)
     assert torch.equal(*said)
 
 

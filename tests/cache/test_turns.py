@@ -10,6 +10,7 @@ from shadow import Spoken, compare, same
 
 import kvist
 from kvist.cache.handle import Handle
+from kvist.models.compat import cache_argument
 
 
 def feeding(inputs, chunks, between=None):
@@ -19,7 +20,7 @@ def feeding(inputs, chunks, between=None):
         ids, mask, logits, start = inputs["input_ids"], inputs["attention_mask"], [], 0
         for step, count in enumerate(chunks):
             stop = start + count
-            out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **cache_argument(cache))
             logits.append(out.logits[:, -1])
             start = stop
             if between is not None:
@@ -98,7 +99,7 @@ def test_reorder_repeat_and_select(text):
     def run(model, cache) -> Spoken:
         ids, mask, logits, start = inputs["input_ids"], inputs["attention_mask"], [], 0
         for step, count in enumerate((110, 1, 36, 1, 1, 1)):
-            out = model(ids[:, start : start + count], attention_mask=mask[:, : start + count], past_key_values=cache)
+            out = model(ids[:, start : start + count], attention_mask=mask[:, : start + count], **cache_argument(cache))
             logits.append(out.logits[:, -1])
             start += count
             if step in moves:
@@ -116,17 +117,17 @@ def test_batch_repeat_and_fewer_rows(text):
 
     def run(model, cache) -> Spoken:
         ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], []
-        logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        logits.append(model(ids, attention_mask=mask, **cache_argument(cache)).logits[:, -1])
         cache.batch_repeat_interleave(3)
         mask = torch.cat([mask.repeat_interleave(3, 0), torch.ones(6, 60, dtype=torch.long)], 1)
         more = tokens(6, 60, seed=3)
         for start, stop in ((0, 1), (1, 35), (35, 36)):
-            out = model(more[:, start:stop], attention_mask=mask[:, : 140 + stop], past_key_values=cache)
+            out = model(more[:, start:stop], attention_mask=mask[:, : 140 + stop], **cache_argument(cache))
             logits.append(out.logits[:, -1])
         keep = torch.tensor([5, 0])
         cache.batch_select_indices(keep)
         for start, stop in ((36, 37), (37, 60)):
-            out = model(more[keep, start:stop], attention_mask=mask[keep, : 140 + stop], past_key_values=cache)
+            out = model(more[keep, start:stop], attention_mask=mask[keep, : 140 + stop], **cache_argument(cache))
             logits.append(out.logits[:, -1])
         return Spoken(logits, ids)
 
@@ -139,12 +140,12 @@ def test_reset_starts_anew(text):
     fresh, used = kvist.Cache(model, plan), kvist.Cache(model, plan)
     said = []
     with torch.no_grad(), kvist.attach(model):
-        model(**padded([130, 60]), past_key_values=used)
+        model(**padded([130, 60]), **cache_argument(used))
         used.reset()
         assert used.get_seq_length() == 0 and used.report().nbytes == 0
         for cache in (fresh, used):
-            model(**unpadded(1, 140), past_key_values=cache)
-            said.append(model(tokens(1, 1), past_key_values=cache).logits)
+            model(**unpadded(1, 140), **cache_argument(cache))
+            said.append(model(tokens(1, 1), **cache_argument(cache)).logits)
     assert torch.equal(*said)
 
 
@@ -153,13 +154,15 @@ def test_deepcopy_lives_its_own_life(text):
     model, plan = tiny_llama(), recipe(text)
     with torch.no_grad(), kvist.attach(model):
         cache = kvist.Cache(model, plan)
-        model(**unpadded(2, 140), past_key_values=cache)
+        model(**unpadded(2, 140), **cache_argument(cache))
         twin = copy.deepcopy(cache)
         for seed in (5, 6, 7):  # the original goes on elsewhere
-            model(tokens(2, 40, seed), attention_mask=torch.ones(2, cache.get_seq_length() + 40), past_key_values=cache)
+            model(
+                tokens(2, 40, seed), attention_mask=torch.ones(2, cache.get_seq_length() + 40), **cache_argument(cache)
+            )
         assert twin.get_seq_length() == 140
         straight = kvist.Cache(model, plan)
-        model(**unpadded(2, 140), past_key_values=straight)
+        model(**unpadded(2, 140), **cache_argument(straight))
         mask = torch.ones(2, 176)
-        said = [model(tokens(2, 36, 8), attention_mask=mask, past_key_values=c).logits for c in (twin, straight)]
+        said = [model(tokens(2, 36, 8), attention_mask=mask, **cache_argument(c)).logits for c in (twin, straight)]
     assert torch.equal(*said)

@@ -13,6 +13,7 @@ from kvist.calibrate.budget import changes_of, elements, nbytes, ranked, solved
 from kvist.calibrate.profile import Changes, Norms, Profile
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 
 LENGTH = 300
 CHOICES = (1, 2, 4)
@@ -128,7 +129,7 @@ def test_a_cache_takes_what_was_billed():
         recipe = parse(method, allocation=made)
         cache = kvist.Cache(model, recipe, reserve=LENGTH)
         with torch.no_grad():
-            model(tokens(1, LENGTH), past_key_values=cache)
+            model(tokens(1, LENGTH), **cache_argument(cache))
         shape = describe(model).shape  # its exact tokens are fp32, a profile bills 16 bits
         assert cache.report().nbytes == recipe.bill(shape, 2, LENGTH, reserve=LENGTH).total()
         assert nbytes(recipe, describe(model).identity, LENGTH) <= budget

@@ -17,6 +17,7 @@ from kvist.calibrate.passes import BINS
 from kvist.calibrate.run import calibrate, observe
 from kvist.calibrate.state import State
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.models.rope import pre_rope, tagged
 
 WINDOWS = tokens(3, 25, seed=5)
@@ -51,7 +52,7 @@ def activations(name: str) -> dict:
     for window in WINDOWS:
         cache, ids = Kept(config=model.config), window.unsqueeze(0)
         with tagged(model):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
+            logits = model(input_ids=ids, **cache_argument(cache), use_cache=True).logits[0].float()
         F.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
         rows.append(cache.given)
     return {

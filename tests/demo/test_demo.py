@@ -12,6 +12,7 @@ from kvist.cli.app import app
 from kvist.demo import documents, measure, sample
 from kvist.demo.model import load
 from kvist.methods import parse
+from kvist.models.compat import cache_argument
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,9 +54,9 @@ def test_a_cache_filled_by_hand_is_a_cache_filled_by_the_model(bundled, document
     with torch.inference_mode(), kvist.attach(model):
         filled = measure._filled(model, recipe, document, measure._prompt(model, document))
         lived = kvist.Cache(model, recipe, reserve=filled.reserve)
-        model(torch.tensor([document.ids]), past_key_values=lived, logits_to_keep=1)
+        model(torch.tensor([document.ids]), **cache_argument(lived), logits_to_keep=1)
         token = torch.tensor([[5]])
-        logits = [model(token, past_key_values=cache).logits for cache in (filled, lived)]
+        logits = [model(token, **cache_argument(cache)).logits for cache in (filled, lived)]
     assert torch.equal(*logits)
     assert filled.report() == lived.report()
 
@@ -70,7 +71,7 @@ def test_exact_answers_are_those_of_transformers(bundled, document):
         with torch.inference_mode():
             for question, row in zip(few.questions, logits, strict=True):
                 ids = torch.tensor([[*few.ids, *question.ids, *question.answer_ids[:-1]]])
-                plain = model(ids, past_key_values=DynamicCache(config=model.config)).logits[0]
+                plain = model(ids, **cache_argument(DynamicCache(config=model.config))).logits[0]
                 torch.testing.assert_close(row, plain[-len(question.answer_ids) :], atol=2e-3, rtol=1e-3)
     finally:
         model.bfloat16()
@@ -86,7 +87,7 @@ def test_right_means_what_greedy_decoding_writes(bundled, document):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(cache),
             do_sample=False,
             max_new_tokens=len(question.answer_ids),
         )
@@ -132,8 +133,8 @@ def test_rows_of_unequal_state_are_packed_one_by_one(bundled):
     with torch.inference_mode():
         both, alone = kvist.Cache(model, "int4"), kvist.Cache(model, "int4")
         for cache, rows in ((both, slice(0, 2)), (alone, slice(1, 2))):
-            model(ids[rows], attention_mask=mask[rows, :200], past_key_values=cache, logits_to_keep=1)
-            model(ids[rows, :1], attention_mask=mask[rows], past_key_values=cache)
+            model(ids[rows], attention_mask=mask[rows, :200], **cache_argument(cache), logits_to_keep=1)
+            model(ids[rows, :1], attention_mask=mask[rows], **cache_argument(cache))
     for pair in zip(both.ours, alone.ours, strict=True):
         fetched = [layer.key.states[-1].frontier for layer in pair]
         assert fetched[0] == fetched[1] == 200

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 import kvist
 from kvist.cache.layer import Layer
+from kvist.models.compat import cache_argument
 
 
 def llama() -> LlamaForCausalLM:
@@ -35,7 +36,7 @@ def test_storage_is_made_on_the_device_of_the_keys(method):
 
     cache.update = spied
     with torch.no_grad():
-        model(tokens(1, 150), past_key_values=cache)
+        model(tokens(1, 150), **cache_argument(cache))
     for i, layer in enumerate(cache.ours):
         assert layer.device == seen[i]
         assert {tensor.device for tensor in storage(layer)} == {seen[i]}
@@ -58,7 +59,7 @@ def test_layers_are_placed_one_by_one():
 def test_a_dispatched_model_gives_the_same_tokens(attached):
     options = {"max_new_tokens": 20, "do_sample": False}
     model, ids = llama(), tokens(1, 150)
-    expected = model.generate(ids, past_key_values=kvist.Cache(model, "kivi:2 recent=32"), **options)
+    expected = model.generate(ids, **cache_argument(kvist.Cache(model, "kivi:2 recent=32")), **options)
     spread = {f"model.layers.{i}": "cpu" for i in range(2)}
     spread |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     for device_map in ({"": "cpu"}, spread):
@@ -66,5 +67,5 @@ def test_a_dispatched_model_gives_the_same_tokens(attached):
         assert any(hasattr(module, "_hf_hook") for module in placed.modules())
         if attached:
             kvist.attach(placed)
-        found = placed.generate(ids, past_key_values=kvist.Cache(placed, "kivi:2 recent=32"), **options)
+        found = placed.generate(ids, **cache_argument(kvist.Cache(placed, "kivi:2 recent=32")), **options)
         assert torch.equal(found, expected)

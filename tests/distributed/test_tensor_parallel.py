@@ -12,6 +12,7 @@ from models_tiny import llama_config, sharpen, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import kvist
+from kvist.models.compat import cache_argument
 
 OPTIONS = {"max_new_tokens": 24, "do_sample": False}
 METHOD = "kivi:2 recent=32"
@@ -38,7 +39,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
         if attached:
             kvist.attach(model)
         cache = kvist.Cache(model, METHOD)
-        written.append(model.generate(tokens(1, 150), past_key_values=cache, **OPTIONS).tolist())
+        written.append(model.generate(tokens(1, 150), **cache_argument(cache), **OPTIONS).tolist())
     found = {"tokens": written, "heads": cache.ours[0].shape.heads, "packed": cache.report().packed}
     with open(f"{folder}/rank{rank}.json", "w") as file:
         json.dump(found, file)
@@ -49,7 +50,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
 def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
     model = sharpen(LlamaForCausalLM._from_config(llama_config(vocab_size=102), dtype=torch.float32))
-    expected = model.generate(tokens(1, 150), past_key_values=kvist.Cache(model, METHOD), **OPTIONS).tolist()
+    expected = model.generate(tokens(1, 150), **cache_argument(kvist.Cache(model, METHOD)), **OPTIONS).tolist()
     model.save_pretrained(tmp_path)
     torch.multiprocessing.spawn(_rank, (str(tmp_path), _port()), nprocs=2)
     for rank in range(2):

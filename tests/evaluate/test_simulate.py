@@ -15,6 +15,7 @@ from kvist.coding import Table
 from kvist.evaluate.simulate import Simulated, quantiles, simulate
 from kvist.methods import parse
 from kvist.methods.kvquant import recipe
+from kvist.models.compat import cache_argument
 
 LENGTH = 24
 
@@ -173,7 +174,7 @@ def test_every_layer_has_its_own_plan():
             return given
 
     with torch.no_grad():
-        model(tokens(1, LENGTH), past_key_values=Watched(model, recipe(fitted)))
+        model(tokens(1, LENGTH), **cache_argument(Watched(model, recipe(fitted))))
     assert [layer for layer, *_ in seen] == [0, 1]
     for layer, keys, values, found in seen:
         assert all(map(torch.equal, found, simulate(recipe(fitted).layers[layer], keys, values)))
@@ -183,9 +184,9 @@ def test_every_layer_has_its_own_plan():
 def test_refusals():
     model = tiny_llama()
     cache = Simulated(model, parse("int4"))
-    model(tokens(1, 4), past_key_values=cache)
+    model(tokens(1, 4), **cache_argument(cache))
     with pytest.raises(RuntimeError, match="one pass"):
-        model(tokens(1, 4), past_key_values=cache)
+        model(tokens(1, 4), **cache_argument(cache))
     with pytest.raises(ValueError, match="kvquant needs"):
         Simulated(model, parse("kvquant"))
     with pytest.raises(ValueError, match="made for"):

@@ -16,6 +16,7 @@ from kvist.methods import parse
 from kvist.methods.kvquant import recipe as fitted_recipe
 from kvist.methods.parts import per_token
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Immediate
 
@@ -71,7 +72,9 @@ def test_divergence_falls_with_bits(mode):
 def test_simulated_reads_what_the_codec_makes_of_every_token():
     model, ids, recipe = tiny_llama(), tokens(1, LENGTH), parse("int4")
     (found,) = scores(ids, ["int4"], "simulated")
-    same(found.tokens, plain(ids, model(ids).logits, model(ids, past_key_values=Simulated(model, recipe)).logits), 1e-5)
+    same(
+        found.tokens, plain(ids, model(ids).logits, model(ids, **cache_argument(Simulated(model, recipe))).logits), 1e-5
+    )
     assert found.packed.all()
 
 
@@ -85,7 +88,7 @@ def test_one_update_reads_what_a_cache_holds(method):
     model, ids, recipe = tiny_llama(), tokens(2, LENGTH), named(method).recipe
     (found,) = scores(ids, [method])
     oracle = OracleCache(recipe.model_copy(update={"prefill": "stored"}), 2)
-    expected = plain(ids, model(ids).logits, model(ids, past_key_values=oracle).logits)
+    expected = plain(ids, model(ids).logits, model(ids, **cache_argument(oracle)).logits)
     # rounding may tip a code over to its neighbour in the second layer
     assert found.tokens.kl.mean() == pytest.approx(expected.kl.mean().item(), rel=0.02)
     assert found.tokens.kl.mean() > 1e-6
@@ -102,7 +105,7 @@ def test_steps_read_what_a_cache_holds(method, prompt):
     oracle, parts = OracleCache(recipe, 2), []
     starts = ([0] if prompt else []) + list(range(prompt, LENGTH, 32))
     for start, end in zip(starts, [*starts[1:], LENGTH], strict=True):
-        parts.append(model(ids[:, start:end], past_key_values=oracle).logits)
+        parts.append(model(ids[:, start:end], **cache_argument(oracle)).logits)
     expected = plain(ids, model(ids).logits, torch.cat(parts, 1))
     expected = Tokens(*(x[:, prompt:] for x in expected))
     assert found.tokens.kl.shape == (2, LENGTH - prompt - 1)
@@ -177,7 +180,7 @@ def test_packed_attention_reads_the_same():
     model, ids, recipe = tiny_llama(), tokens(1, LENGTH), parse("int8").model_copy(update={"prefill": "stored"})
     (found,) = scores(ids, ["int8"])
     with kvist.attach(model):
-        logits = model(ids, past_key_values=kvist.Cache(model, recipe)).logits
+        logits = model(ids, **cache_argument(kvist.Cache(model, recipe))).logits
     assert found.tokens.kl.mean() == pytest.approx(plain(ids, model(ids).logits, logits).kl.mean().item(), rel=0.05)
 
 

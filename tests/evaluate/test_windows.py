@@ -20,6 +20,7 @@ from kvist.evaluate.tokenwise import compared, exact
 from kvist.evaluate.windows import Text, curve
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 
 TEXT = Text(tokens(2, 200), "tokens", "abc")
 EXACT, KIVI = contender("exact"), contender("kivi:2 recent=32")
@@ -76,10 +77,10 @@ def test_texts_part_where_free_running_ones_do():
         written = []
         for method in ("exact", "kivi:2 recent=32"):
             cache, ids = kvist.Cache(tiny_llama(), method), TEXT.windows[row : row + 1, :100]
-            tiny_llama()(ids[:, :-1], past_key_values=cache)
+            tiny_llama()(ids[:, :-1], **cache_argument(cache))
             token, text = ids[:, -1:], []
             for _ in range(20):
-                token = tiny_llama()(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                token = tiny_llama()(token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
                 text.append(token.item())
             written.append(text)
         pairs = enumerate(zip(*written, strict=True))
@@ -106,7 +107,7 @@ def test_history_at_once_is_one_update_of_exact_keys_and_values(method):
     oracle, states = OracleCache(parse(method), 2), exact(model, ids, 199).states
     for layer, given_ in enumerate(states):
         oracle.update(*(x[:, :, :120] for x in given_), layer)
-    logits = model(ids[:, 120:136], past_key_values=oracle).logits
+    logits = model(ids[:, 120:136], **cache_argument(oracle)).logits
     expected = compared(exact(model, ids), logits, 120).kl.mean(1)
     assert [once for ((_, _, once),) in cell.values["kl_at_once"]] == pytest.approx(expected.tolist(), rel=0.02)
     assert expected.min() > 1e-6
@@ -130,7 +131,7 @@ def test_nuisance_is_at_the_floor():
 def test_bits_are_measured():
     shape = describe(tiny_llama()).shape
     cache = kvist.Cache(tiny_llama(), "kivi:2", reserve=200)
-    tiny_llama()(TEXT.windows, past_key_values=cache)
+    tiny_llama()(TEXT.windows, **cache_argument(cache))
     assert bits(cache, shape, 2) == pytest.approx(8 * cache.report().nbytes / (2 * 2 * 200 * 2 * 64))
     assert cache.report().nbytes == parse("kivi:2").bill(shape, 2, 200, 2, 200).total()
 

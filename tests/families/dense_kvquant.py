@@ -20,6 +20,7 @@ from zoo import tiny
 from kvist.artifact import Artifact, Fit, Origin, Settings
 from kvist.coding import Fixed, Table
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.models.rope import NAME, pre_rope, rotary, tagged
 
 
@@ -49,7 +50,7 @@ def fit(model, settings: Settings) -> Artifact:
     """Ranges of each channel that leave 1 % of some tokens out, and tables of normal quantiles."""
     facts, seen = describe(model), Given(config=model.config)
     with torch.no_grad(), tagged(model):
-        model(tokens(1, 200, seed=3), past_key_values=seen)
+        model(tokens(1, 200, seed=3), **cache_argument(seen))
     points = [NormalDist().inv_cdf((i + 0.5) / 2**settings.bits) for i in range(2**settings.bits)]
     table = Table(bits=settings.bits, points=tuple(p / points[-1] for p in points))
     keys = []

@@ -11,6 +11,7 @@ from zoo import CASES, tiny
 
 import kvist
 from kvist.cache.view import View
+from kvist.models.compat import cache_argument
 
 PROMPT, STEPS, WINDOW, BITS = 150, 40, 32, 2
 METHODS = {"kivi": f"kivi:{BITS} recent={WINDOW}", "logquant": f"logquant:{BITS} window={WINDOW}"}
@@ -31,7 +32,7 @@ def logits_of(model, cache, chunks, mask=None) -> torch.Tensor:
     for chunk in chunks:
         seen += chunk.shape[1]
         given = {} if mask is None else {"attention_mask": mask[:, :seen]}
-        out.append(model(chunk, past_key_values=cache, **given).logits)
+        out.append(model(chunk, **cache_argument(cache), **given).logits)
     return torch.cat(out, 1)
 
 
@@ -93,9 +94,9 @@ def test_greedy(family, attention, method, attached, monkeypatch):
         cache.close()
         options = {"max_new_tokens": 24, "do_sample": False}
         prompt = sequence()[0]
-        ours = model.generate(prompt, past_key_values=kvist.Cache(model, METHODS[method]), **options)
+        ours = model.generate(prompt, **cache_argument(kvist.Cache(model, METHODS[method])), **options)
     assert torch.equal(
-        ours, model.generate(prompt, past_key_values=rounded_cache(model, method, BITS, WINDOW), **options)
+        ours, model.generate(prompt, **cache_argument(rounded_cache(model, method, BITS, WINDOW)), **options)
     )
 
 
@@ -116,7 +117,7 @@ def test_left_padded_rows_equal_the_same_rows_alone(family, attention, method, a
             part = slice(seen, seen + chunk.shape[1])
             seen = part.stop
             given = {"attention_mask": mask[:, :seen], "position_ids": positions[:, part]}
-            found.append(model(chunk, past_key_values=cache, **given).logits[:, -1:])
+            found.append(model(chunk, **cache_argument(cache), **given).logits[:, -1:])
     for row, length in enumerate(lengths):
         alone = [batch["input_ids"][row : row + 1, -length:], *steps[row : row + 1].split(1, 1)]
         expected = logits_of(model, rounded_cache(model, method, BITS, WINDOW), alone)[:, length - 1 :]
@@ -134,18 +135,18 @@ def test_crop_takes_back_what_was_never_asked(family, attention, method, attache
     reference, cache = rounded_cache(model, method, BITS, WINDOW), kvist.Cache(model, METHODS[method])
     cache.activate_past_recording()
     with torch.no_grad():
-        expected = [model(ids[:, :PROMPT], past_key_values=reference).logits[:, -1]]
-        expected += [model(i, past_key_values=reference).logits[:, -1] for i in ids[:, PROMPT:].split(1, 1)]
+        expected = [model(ids[:, :PROMPT], **cache_argument(reference)).logits[:, -1]]
+        expected += [model(i, **cache_argument(reference)).logits[:, -1] for i in ids[:, PROMPT:].split(1, 1)]
     found = []
     with reading(model, attached), torch.no_grad():
         if read_packed(family, attention, attached):
             no_dense(monkeypatch)
-        found.append(model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1])
+        found.append(model(ids[:, :PROMPT], **cache_argument(cache)).logits[:, -1])
         cache.crop(0)
         for i in range(STEPS):
             wrong = 1 + i % 5
             chunk = torch.cat([ids[:, PROMPT + i : PROMPT + i + 1], guesses[:, i : i + wrong]], 1)
-            found.append(model(chunk, past_key_values=cache).logits[:, 0])
+            found.append(model(chunk, **cache_argument(cache)).logits[:, 0])
             cache.crop(-(chunk.shape[1] - 1))
             assert cache.get_seq_length() == PROMPT + i + 1
     same(torch.stack(found, 1), torch.stack(expected, 1))
@@ -166,7 +167,7 @@ def test_saved_and_resumed(family, attention, method, tmp_path):
     assert resumed.get_seq_length() == first.shape[1]
     with torch.no_grad():
         rest = [
-            model(chunk, past_key_values=resumed, attention_mask=mask[:, : first.shape[1] + i + 1]).logits
+            model(chunk, **cache_argument(resumed), attention_mask=mask[:, : first.shape[1] + i + 1]).logits
             for i, chunk in enumerate(chunks[30:])
         ]
     assert torch.equal(torch.cat([first, *rest], 1), straight)

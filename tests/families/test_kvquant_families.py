@@ -17,6 +17,7 @@ import kvist
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
 from kvist.methods.kvquant import recipe
+from kvist.models.compat import cache_argument
 from kvist.models.rope import tagged
 
 PROMPT, STEPS = 90, 10
@@ -46,7 +47,7 @@ def reading(model, on: bool):
 def logits_of(model, cache, chunks) -> Tensor:
     """Logits (B, T, V) of the tokens of all chunks, one forward per chunk."""
     with tagged(model):
-        return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], 1)
+        return torch.cat([model(chunk, **cache_argument(cache)).logits for chunk in chunks], 1)
 
 
 def sequence(prompt: int = PROMPT) -> list[Tensor]:
@@ -102,7 +103,7 @@ def test_generate_of_left_padded_rows(family, attention, attached):
     with reading(model, attached):
         out = model.generate(
             **batch,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=STEPS,
             do_sample=False,
             output_logits=True,
@@ -167,7 +168,7 @@ def fed(model, cache, cuts: list[int], jumping: bool) -> Tensor:
     with tagged(model):
         for start in range(len(cuts) - 1):
             part, given = slice(*cuts[start : start + 2]), {"attention_mask": mask[:, : cuts[start + 1]]}
-            out.append(model(ids[:, part], position_ids=where[:, part], past_key_values=cache, **given).logits)
+            out.append(model(ids[:, part], position_ids=where[:, part], **cache_argument(cache), **given).logits)
     return torch.cat(out, 1)
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from zoo import tiny
 
 import kvist
+from kvist.models.compat import cache_argument
 
 PROMPT, STEPS, WINDOW = 150, 40, 32
 METHODS = {"kivi": f"kivi:2 recent={WINDOW}", "logquant": f"logquant:2 window={WINDOW}"}
@@ -19,7 +20,7 @@ METHODS = {"kivi": f"kivi:2 recent={WINDOW}", "logquant": f"logquant:2 window={W
 def logits_of(model, cache) -> torch.Tensor:
     ids = tokens(1, PROMPT + STEPS)
     chunks = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)]
-    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], 1).float()
+    return torch.cat([model(chunk, **cache_argument(cache)).logits for chunk in chunks], 1).float()
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import kvist
 from kvist.attention.captured import Captured
+from kvist.models.compat import cache_argument
 
 STEPS = 4
 SETTINGS = {  # each packs something within these steps
@@ -26,7 +27,7 @@ def generated(model, made, prompt, following, step):
     """Logits of some steps after a prompt, and the cache."""
     cache = kvist.Cache(model, made)
     with torch.no_grad():
-        model(**prompt, past_key_values=cache)
+        model(**prompt, **cache_argument(cache))
         return torch.cat(step(cache, following), 1), cache
 
 
@@ -41,7 +42,7 @@ def test_captured_steps_are_ordinary_steps(text, monkeypatch):
         with kvist.attach(model):
             for token in following.split(1, dim=1):
                 attended = torch.cat([attended, mask.new_ones(2, 1)], 1)
-                found.append(model(input_ids=token, attention_mask=attended, past_key_values=cache).logits)
+                found.append(model(input_ids=token, attention_mask=attended, **cache_argument(cache)).logits)
         return found
 
     def captured(cache, following):
@@ -66,7 +67,7 @@ def test_captured_steps_are_ordinary_steps(text, monkeypatch):
     with torch.no_grad():  # the cache goes on as if nothing had been
         ones = mask.new_ones(2, mask.shape[1] + STEPS + 1)
         ones[:, : mask.shape[1]] = mask
-        after = [model(input_ids=following[:, :1], attention_mask=ones, past_key_values=c).logits for c in (a, b)]
+        after = [model(input_ids=following[:, :1], attention_mask=ones, **cache_argument(c)).logits for c in (a, b)]
     assert torch.allclose(*after, atol=4e-3 * float(expected.abs().max()))
 
 
@@ -80,7 +81,7 @@ def test_attached_models_decode_by_the_kernels(text, monkeypatch):
         with kvist.attach(model):
             for token in following.split(1, dim=1):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-                yield model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+                yield model(input_ids=token, attention_mask=mask, **cache_argument(cache)).logits
 
     def run():
         return generated(model, made, prompt, following, lambda *given: list(steps(*given)))
@@ -104,7 +105,7 @@ def test_positions_go_on_from_those_of_the_prompt(monkeypatch):
             for token in following.split(1, dim=1):
                 attended = torch.cat([attended, mask.new_ones(2, 1)], 1)
                 at = attended.sum(-1, keepdim=True) - 1
-                given = {"attention_mask": attended, "position_ids": at, "past_key_values": cache}
+                given = {"attention_mask": attended, "position_ids": at} | cache_argument(cache)
                 yield model(input_ids=token, **given).logits
 
     def captured(cache, following):
@@ -124,7 +125,7 @@ def test_rings_hold_what_a_step_packs_and_adds(monkeypatch):
     for tokens in (96, 128, 160):
         cache = kvist.Cache(model, recipe("kvmix:2 ratio_of=context ratio=0.1"))
         with torch.no_grad():
-            model(**unpadded(1, tokens), past_key_values=cache)
+            model(**unpadded(1, tokens), **cache_argument(cache))
         layer = cache.ours[0]
         oldest = min(layer.key.frontiers[0], layer.value.frontiers[0])
         with Captured(model, cache, 1):
@@ -136,14 +137,14 @@ def test_a_captured_cache_is_left_alone(monkeypatch):
     model = tiny_llama(layers=1)
     cache = kvist.Cache(model, recipe("kivi:2 recent=32"))
     with torch.inference_mode():
-        model(**unpadded(2, 70), past_key_values=cache)
+        model(**unpadded(2, 70), **cache_argument(cache))
         steps = Captured(model, cache, 2)
         steps.step(torch.tensor([[5], [6]]))
     others = [
         lambda: cache.crop(-1),
         lambda: cache.reorder_cache(torch.tensor([1, 0])),
         cache.reset,
-        lambda: model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache),
+        lambda: model(input_ids=torch.tensor([[5], [6]]), **cache_argument(cache)),
     ]
     for other in others:
         with pytest.raises(ValueError, match="captured"), torch.no_grad():
@@ -152,7 +153,7 @@ def test_a_captured_cache_is_left_alone(monkeypatch):
     steps.close()
     mask = torch.ones(2, 73, dtype=torch.long)
     with torch.no_grad():
-        model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache)
+        model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, **cache_argument(cache))
     cache.crop(-1)
 
 
@@ -161,7 +162,7 @@ def test_greedy_generation_and_the_end_of_the_room(monkeypatch):
     model = tiny_llama(layers=1)
     cache, prompt = kvist.Cache(model, recipe("kivi:2 recent=32")), unpadded(1, 70)
     with torch.no_grad():
-        token = model(**prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(**prompt, **cache_argument(cache)).logits[:, -1:].argmax(-1)
     with Captured(model, cache, 3) as steps:
         found = steps.generate(token, 3)
         assert found.shape == (1, 3)
@@ -182,11 +183,11 @@ def test_what_cannot_be_captured_is_refused_by_name(text, reason, monkeypatch):
     with pytest.raises(ValueError, match="empty"):
         Captured(model, cache)
     with torch.no_grad():
-        model(**unpadded(1, 40), past_key_values=cache)
+        model(**unpadded(1, 40), **cache_argument(cache))
     with pytest.raises(ValueError, match=reason):
         Captured(model, cache)
     with torch.no_grad():  # and nothing is changed
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), **cache_argument(cache))
 
 
 def test_layers_of_transformers_own_cannot_be_captured():

@@ -16,6 +16,7 @@ from kvist.cache.rows import Rows
 from kvist.calibrate.run import calibrate
 from kvist.coding import Codec, Identity
 from kvist.methods.kvquant import recipe
+from kvist.models.compat import cache_argument
 from kvist.models.rope import pre_rope, tagged
 from kvist.types import HOLD
 
@@ -85,7 +86,7 @@ def fed(model, cache, chunks: list[dict]):
     out = None
     with tagged(model):
         for chunk in chunks:
-            out = model(**chunk, past_key_values=cache, use_cache=True)
+            out = model(**chunk, **cache_argument(cache), use_cache=True)
     return out
 
 
@@ -161,7 +162,7 @@ def test_left_padding_in_generate_counts_tokens(fitted):
     model, batch = tiny_llama(), padded(LENGTHS)
     cache = Watched(model, recipe(fitted["capped"]))
     with tagged(model):
-        model.generate(**batch, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        model.generate(**batch, **cache_argument(cache), max_new_tokens=40, do_sample=False)
     slots = 103 + 39
     for row, length in enumerate(LENGTHS):
         assert cache.rows.positions(row, torch.arange(length + 39)).tolist() == list(range(length + 39))
@@ -259,18 +260,18 @@ def test_positions_that_cannot_serve_are_refused(fitted):
     ids = tokens(1, 40)
     for wrong in (torch.arange(40).view(1, 1, 40).expand(3, 1, 40), torch.arange(40), torch.arange(39).unsqueeze(0)):
         with pytest.raises(ValueError, match=r"position ids of shape \(batch, tokens\)"):
-            model(ids, position_ids=wrong, past_key_values=cache)
+            model(ids, position_ids=wrong, **cache_argument(cache))
     with pytest.raises(ValueError, match="positions being seen"):
-        model.model(ids, past_key_values=cache)
+        model.model(ids, **cache_argument(cache))
     with torch.no_grad():
-        assert model(ids, past_key_values=cache).logits.isfinite().all()
+        assert model(ids, **cache_argument(cache)).logits.isfinite().all()
 
 
 def test_keys_after_rope_take_any_positions(fitted):
     model = tiny_llama()
     with torch.no_grad():
         cache = kvist.Cache(model, recipe(fitted["post-rope"]))
-        model.model(tokens(1, 40), position_ids=torch.arange(40).unsqueeze(0) * 5, past_key_values=cache)
+        model.model(tokens(1, 40), position_ids=torch.arange(40).unsqueeze(0) * 5, **cache_argument(cache))
         cache = kvist.Cache(model, recipe(fitted["post-rope"]))
-        model(tokens(1, 40), position_ids=JUMPS[None, :40], past_key_values=cache)
+        model(tokens(1, 40), position_ids=JUMPS[None, :40], **cache_argument(cache))
     assert cache.get_seq_length() == 40

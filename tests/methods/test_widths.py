@@ -18,6 +18,7 @@ from kvist.cli.app import app
 from kvist.demo import model as bundled
 from kvist.methods.kvquant import recipe
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.types import Geometry
 
 MIXED = Allocation(k=(4, 2, 4, 2), v=(2, 2, 4, 4))
@@ -105,7 +106,7 @@ def test_each_side_of_each_layer_is_from_the_artefact_of_its_width(places):
     assert methods.get("kvquant", artifact=places, allocation=same) == found
     cache = kvist.Cache(tiny_llama(), found)
     with torch.no_grad():
-        tiny_llama()(**unpadded(2, 100), past_key_values=cache)
+        tiny_llama()(**unpadded(2, 100), **cache_argument(cache))
     bill = found.bill(Geometry(2, 32, 32, torch.float32), 2, 100, 2)
     assert cache.report().nbytes == bill.total()
 
@@ -174,7 +175,7 @@ def test_a_mixed_cache_takes_what_its_bill_says_at_every_step_of_attached_decodi
     with torch.no_grad(), kvist.attach(model):
         for count in (100, *[1] * 80):
             mask = torch.ones(batch, cache.get_seq_length() + count)
-            model(tokens(batch, count), attention_mask=mask, past_key_values=cache)
+            model(tokens(batch, count), attention_mask=mask, **cache_argument(cache))
             bill = cache.recipe.bill(shape, 4, cache.get_seq_length(), batch, reserve)
             assert dict(bill) == {item: n for item, n in cache.report().allocated.items() if n}
     per_token = Counter()
@@ -189,11 +190,11 @@ def test_a_mixed_kvmix_cache(ratio_of):
     model, shape = tiny_llama(layers=4, dim=64), Geometry(2, 64, 64, torch.float32)
     cache = kvist.Cache(model, "kvmix", reserve=640, ratio_of=ratio_of, **FOUR)
     with torch.no_grad(), kvist.attach(model):
-        model(**unpadded(1, 500), past_key_values=cache)
+        model(**unpadded(1, 500), **cache_argument(cache))
         bill = cache.recipe.bill(shape, 4, 500, 1, 640)
         assert dict(bill) == {item: n for item, n in cache.report().allocated.items() if n}
         for _ in range(70):
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), **cache_argument(cache))
     now = cache.report().allocated
     assert {item: now[item] for item in now if item != "recent"} == {
         item: bill[item] for item in now if item != "recent"
@@ -209,7 +210,7 @@ def test_a_three_bit_layer_stores_four_bits_per_element():
     model = tiny_llama(layers=4, dim=64)
     cache = kvist.Cache(model, "kvmix", reserve=256, **FOUR)
     with torch.no_grad():
-        model(**unpadded(1, 256), past_key_values=cache)
+        model(**unpadded(1, 256), **cache_argument(cache))
     for layer, k, v in zip(cache.ours, FOUR["k"], FOUR["v"], strict=True):
         for track, bits in ((layer.key, k), (layer.value, v)):
             nbytes = sum(array.nbytes for array in track.pool.arrays.values())

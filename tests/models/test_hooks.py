@@ -9,6 +9,7 @@ from models_tiny import llama_config, padded, sharpen, tokens
 from transformers import LlamaForCausalLM
 
 import kvist
+from kvist.models.compat import cache_argument
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def test_the_hook_goes_with_its_cache(model):
 def test_two_caches_of_one_model_hear_only_their_own_forwards(model):
     first, second = kvist.Cache(model, "kivi"), kvist.Cache(model, "kivi")
     with torch.no_grad():
-        model(**padded((9, 4)), past_key_values=first)
-        model(tokens(1, 5), past_key_values=second)
+        model(**padded((9, 4)), **cache_argument(first))
+        model(tokens(1, 5), **cache_argument(second))
     assert (first.rows.slots, first.rows.batch) == (9, 2)
     assert (second.rows.slots, second.rows.batch) == (5, 1)
     assert [first.rows.tokens(row, 9) for row in range(2)] == [9, 4]
@@ -55,7 +56,7 @@ def test_positional_arguments_and_embeddings_are_heard(model):
         by_ids = model(batch["input_ids"], batch["attention_mask"], None, one).logits
         embedded = model.model.embed_tokens(batch["input_ids"])
         by_embeddings = model(
-            inputs_embeds=embedded, attention_mask=batch["attention_mask"], past_key_values=two
+            inputs_embeds=embedded, attention_mask=batch["attention_mask"], **cache_argument(two)
         ).logits
     assert [row[0].slot for row in one.rows.runs] == [row[0].slot for row in two.rows.runs] == [0, 5]
     assert torch.equal(by_ids, by_embeddings)
@@ -65,14 +66,14 @@ def test_a_batch_whose_mask_was_not_seen_is_refused(model):
     cache = kvist.Cache(model, "kivi")
     cache.close()
     with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask and positions being seen"):
-        model(**padded((9, 4)), past_key_values=cache)
+        model(**padded((9, 4)), **cache_argument(cache))
 
 
 def test_one_row_needs_no_mask(model):
     cache = kvist.Cache(model, "kivi")
     cache.close()
     with torch.no_grad():
-        model(tokens(1, 9), past_key_values=cache)
+        model(tokens(1, 9), **cache_argument(cache))
     assert cache.rows.dense(9)
 
 
@@ -80,7 +81,7 @@ def test_one_row_needs_no_mask(model):
 def test_masks_that_do_not_tell_padding_are_refused(model, shape):
     cache = kvist.Cache(model, "kivi")
     with torch.no_grad(), pytest.raises(ValueError, match="mask"):
-        model(tokens(2, 9), attention_mask=torch.ones(shape), past_key_values=cache)
+        model(tokens(2, 9), attention_mask=torch.ones(shape), **cache_argument(cache))
     assert cache.get_seq_length() == 0
 
 
@@ -88,7 +89,7 @@ def test_a_stored_token_cannot_be_masked_later(model):
     cache = kvist.Cache(model, "kivi")
     mask = torch.ones(1, 10, dtype=torch.long)
     with torch.no_grad():
-        model(tokens(1, 9), attention_mask=mask[:, :9], past_key_values=cache)
+        model(tokens(1, 9), attention_mask=mask[:, :9], **cache_argument(cache))
         mask[0, 2] = 0
         with pytest.raises(ValueError, match="cannot be masked later"):
-            model(tokens(1, 1), attention_mask=mask, past_key_values=cache)
+            model(tokens(1, 1), attention_mask=mask, **cache_argument(cache))

@@ -9,6 +9,7 @@ from models_tiny import llama_config, sharpen, tiny_llama, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, OlmoConfig, OlmoForCausalLM
 
+from kvist.models.compat import cache_argument
 from kvist.models.inject import STRENGTHS, TOLERANCE, inject
 from kvist.models.rope import check, pre_rope, rotary, tagged
 
@@ -28,7 +29,7 @@ def run(model) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
     """Logits, and keys and values of each layer, of a batch that `inject` has not seen."""
     cache = Keys(config=model.config)
     with tagged(model):
-        logits = model(tokens(2, 40, seed=5), past_key_values=cache, use_cache=True).logits
+        logits = model(tokens(2, 40, seed=5), **cache_argument(cache), use_cache=True).logits
     return logits, cache.given
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kvist.coding.transforms import Unrotate
 from kvist.models import rope
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.models.rope import NAME, check, pre_rope, rotary, self_test, tagged
 
 TAGGED = ["llama", "qwen3", "phi3", "cohere", "olmo2"]
@@ -63,7 +64,9 @@ def compare(model, positions: list[int]) -> None:
     """The plain data, through the slow reference, against what the model itself does at some positions."""
     found, cache = rotary(model), Keys(config=model.config)
     with tagged(model):
-        model(tokens(1, len(positions)), position_ids=torch.tensor([positions]), past_key_values=cache, use_cache=True)
+        model(
+            tokens(1, len(positions)), position_ids=torch.tensor([positions]), **cache_argument(cache), use_cache=True
+        )
     eps = torch.finfo(model.dtype).eps
     for layer in describe(model).served:
         key = cache.given[layer]

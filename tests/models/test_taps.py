@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvist.models import taps
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.models.taps import listen, listen_back
 
 SCALED = {  # families whose logits are scaled or capped so that it shows
@@ -49,7 +50,7 @@ class Kept(DynamicCache):
 def plain(model, ids: Tensor) -> tuple[float, dict]:
     """The loss and, by layer and side, activations and gradients, with everything in memory and no tricks."""
     model, cache = copy.deepcopy(model), Kept(config=model.config)
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids, **cache_argument(cache), use_cache=True).logits
     loss = F.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), ids[:, 1:].flatten(), reduction="sum")
     loss.backward()
     served = describe(model).served

@@ -9,6 +9,8 @@ import torch
 from models_tiny import llama_config, sharpen, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
+from kvist.models.compat import CACHE_KEYWORD
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from anatomy import BEHIND, anatomy, sentences
@@ -41,7 +43,7 @@ def test_what_is_reported_is_what_the_model_computes():
         heads = weights[:, :, BEHIND + 1 :, 0].mean((0, 2))
         assert found["sinks"]["mass"][layer] == pytest.approx(heads.mean().item(), abs=1e-4)
         for side, name in enumerate(("keys", "values")):
-            x = list(out.past_key_values)[layer][side].transpose(1, 2).flatten(0, 1).flatten(1)
+            x = list(out[CACHE_KEYWORD])[layer][side].transpose(1, 2).flatten(0, 1).flatten(1)
             size = x.abs().mean(0)
             assert found[name]["largest"][layer] == pytest.approx((size.max() / size.median()).item(), rel=1e-3)
             offset = (x.mean(0).abs() / x.std(0, correction=0)).max().item()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvist.attention.switch import attach
 from kvist.cache.cache import Cache
 from kvist.cache.captured import Steps
+from kvist.models.compat import cache_argument
 
 WARM_UP = 2  # forwards before the capture: kernels are compiled, and libraries make their workspaces
 
@@ -69,7 +70,7 @@ class Captured:
         self._steps.storing = True
         try:
             return self.model(
-                input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+                input_ids=self.tokens, position_ids=self.positions, **cache_argument(self.cache), use_cache=True
             ).logits
         finally:
             self._steps.storing = False

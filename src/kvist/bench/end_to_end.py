@@ -22,6 +22,7 @@ from kvist.bench.kernel_gate import first_line
 from kvist.bench.standing import standing
 from kvist.cache.cache import Cache
 from kvist.methods import resolve
+from kvist.models.compat import cache_argument
 
 MODELS = ("llama-3-8b", "llama-2-7b")
 LENGTHS = (4096, 32768)
@@ -169,7 +170,7 @@ def _standing_step(model, length: int, backend: str, toy: bool) -> tuple[float |
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # pyright: ignore
 
     def forward() -> Tensor:
-        return model(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=token, position_ids=at, **cache_argument(cache), use_cache=True).logits
 
     chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[backend]
     with nullcontext() if toy else sdpa_kernel(chosen):

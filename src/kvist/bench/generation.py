@@ -18,6 +18,7 @@ from kvist.bench import memory
 from kvist.cache.cache import Cache
 from kvist.cache.report import held
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 SAFETY, MARGIN = 1.5, 1.1  # on a prediction that no measured peak supports, and on one that a peak does
@@ -189,7 +190,7 @@ def generate(
         with attach(model) if racer.method else nullcontext():
             start = time.perf_counter()
             every = model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, streamer=clock
+                ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=new, do_sample=False, streamer=clock
             )
     finally:
         model.generation_config = own

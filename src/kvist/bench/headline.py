@@ -19,6 +19,7 @@ from kvist.bench.stand_in import stand_in
 from kvist.cache.cache import Cache
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 METHOD = "kvquant:2 keys=post-rope outliers=0"
@@ -105,13 +106,13 @@ def _decoded(model, cache: Cache, toy: bool) -> dict:
         why = first_line(reason)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with attach(model):
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **cache_argument(cache))
         if toy:
             return {"step": "plain", "not captured": why}
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(STEPS):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, **cache_argument(cache))
         torch.cuda.synchronize()
     return {"step": "plain", "not captured": why, "tokens/s": STEPS / (time.perf_counter() - start)}
 

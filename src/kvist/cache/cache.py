@@ -1,4 +1,4 @@
-"""The Hugging Face cache: give it to `model.generate(past_key_values=…)`."""
+"""The Hugging Face cache: give it to `model.generate(cache=…)` (`past_key_values=…` before transformers 5.24)."""
 
 import copy
 import weakref

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from kvist.attention import attach
 from kvist.cache.cache import Cache
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 from kvist.units import size
 
@@ -94,7 +95,7 @@ class Session:
         self.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones(1, past + len(ids), dtype=torch.long, device=self.model.device),
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
             max_new_tokens=max_new_tokens,
             streamer=clock,
             pad_token_id=self._padding(),

@@ -19,6 +19,7 @@ from kvist.cache.cache import Cache
 from kvist.demo.documents import Document
 from kvist.evaluate.contenders import fill
 from kvist.evaluate.generation import forward, states_of
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 SPEED_TOKENS = 5  # decoded one by one after each document, for the speed
@@ -74,7 +75,7 @@ def measure(
 def _prompt(model, document: Document) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of a document, per layer, as the model computes them."""
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([document.ids]), **cache_argument(cache), logits_to_keep=1)
     return states_of(cache)
 
 
@@ -111,7 +112,7 @@ def _speed(model, cache: Cache, last: int) -> list[float]:
     seconds, token = [], torch.tensor([[last]])
     for _ in range(SPEED_TOKENS):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -20,6 +20,7 @@ from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, bits, fill
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 
 Prefill = Literal["exact", "stored"]
 
@@ -93,7 +94,7 @@ def read(model, cache: TransformersCache, ids: Tensor, mask: Tensor, chunk: int,
 def forward(model, cache: TransformersCache, ids: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
     """Logits of the last `keep` tokens, all for 0. Positions count the tokens of a row, not its padding."""
     positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :].clamp_min(0)
-    out = model(ids, past_key_values=cache, attention_mask=whole(mask), position_ids=positions, logits_to_keep=keep)
+    out = model(ids, **cache_argument(cache), attention_mask=whole(mask), position_ids=positions, logits_to_keep=keep)
     return out.logits
 
 

@@ -24,6 +24,7 @@ from kvist.evaluate.simulate import Simulated
 from kvist.evaluate.tokenwise import MODES, Mode, packed_bits
 from kvist.methods import resolve
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 register_model: Any = harness("api.registry").register_model
@@ -101,14 +102,14 @@ class KvistLM(HFLM):
     def _logits(self, ids: Tensor, cache) -> Tensor:
         half = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-            return self.model(ids, past_key_values=cache).logits
+            return self.model(ids, **cache_argument(cache)).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options) -> Tensor:
         """Tokens (B, T + new) behind contexts int64 (B, T), padded on the left, of which the options have the mask."""
         cache = Cache(self.model, self.recipe, reserve=max_length)
         try:
             with attach(self.model):
-                return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+                return super()._model_generate(context, max_length, stop, **cache_argument(cache), **options)
         finally:
             self._done(cache)
 

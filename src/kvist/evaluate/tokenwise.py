@@ -19,6 +19,7 @@ from kvist.evaluate.contenders import Contender, bits, fill, packed
 from kvist.evaluate.generation import forward, living, read, states_of, steps, whole
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 Mode = Literal["simulated", "stored"]
@@ -109,7 +110,7 @@ def _simulated(model, i: int, contender: Contender, known: Exact) -> Scores:
     if contender.recipe is None:
         raise ValueError(f"mode 'simulated' needs a recipe, and {contender.name} is none")
     began = time.perf_counter()
-    logits = model(known.ids, past_key_values=Simulated(model, contender.recipe)).logits
+    logits = model(known.ids, **cache_argument(Simulated(model, contender.recipe))).logits
     tokens = compared(known, logits, 0)
     size = packed_bits(contender.recipe, describe(model))
     return Scores(i, tokens, torch.ones(tokens.kl.shape[1], dtype=torch.bool), size, time.perf_counter() - began)

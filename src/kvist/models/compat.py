@@ -1,6 +1,20 @@
 """Differences between the releases of transformers that kvist supports (5.17 to newest)."""
 
-from transformers import cache_utils
+import inspect
+
+from transformers import cache_utils, masking_utils
+
+# What a model's `forward` and `generate` call the cache: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_KEYWORD = next(
+    (name for name in CACHE_NAMES if name in inspect.signature(masking_utils.create_causal_mask).parameters),
+    CACHE_NAMES[0],
+)
+
+
+def cache_argument(cache) -> dict:
+    """A cache as the keyword argument that the installed release wants: `model(ids, **cache_argument(cache))`."""
+    return {CACHE_KEYWORD: cache}
 
 
 def layer_types(config) -> tuple[list[str], list[dict]]:

@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 from kvist.models.taps import frozen
 
 TOKENS = 16  # that try a model
@@ -81,7 +82,7 @@ def projections(model: PreTrainedModel) -> list[tuple[Projection, Projection]]:
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(inputs_embeds=embedded, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return cache.found
 
 

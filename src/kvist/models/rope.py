@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from kvist.coding.transforms import Unrotate
 from kvist.kernels.rotary import angles
 from kvist.models.adapter import SERVED, describe
+from kvist.models.compat import cache_argument
 
 NAME = "apply_rotary_pos_emb"
 POSITIONS = (0, 1, 7, 1000)  # where angles are compared
@@ -120,7 +121,7 @@ def _listen(model: nn.Module) -> _Spy:
     model.eval()
     try:
         with _observed(model, spy.note):
-            model(torch.arange(1, 6, device=device).unsqueeze(0), past_key_values=spy, use_cache=True)
+            model(torch.arange(1, 6, device=device).unsqueeze(0), **cache_argument(spy), use_cache=True)
     finally:
         for part, training in modes:
             part.training = training

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from kvist.models.adapter import describe
+from kvist.models.compat import cache_argument
 
 LOGITS = 1 << 26  # numbers: logits of so many tokens at a time, vocabulary included
 PER_NUMBER, ROOM = 64, 1 << 31  # bytes that a layer keeps per hidden number, about; bytes that may be kept in all
@@ -49,7 +50,7 @@ class Tap(DynamicCache):
 @torch.no_grad()
 def listen(model: PreTrainedModel, ids: Tensor, listener: Listener) -> None:
     """Keys and values of tokens (B, T), layer by layer, in one forward pass."""
-    model(input_ids=ids, past_key_values=Tap(model, listener), use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **cache_argument(Tap(model, listener)), use_cache=True, logits_to_keep=1)
 
 
 def listen_back(model: PreTrainedModel, ids: Tensor, listener: Listener) -> float:
@@ -68,7 +69,7 @@ def listen_back(model: PreTrainedModel, ids: Tensor, listener: Listener) -> floa
         try:
             tap = Tap(model, listener, gradients=True)
             with torch.enable_grad():
-                last = model(inputs_embeds=embedded, past_key_values=tap, use_cache=True, logits_to_keep=1).logits
+                last = model(inputs_embeds=embedded, **cache_argument(tap), use_cache=True, logits_to_keep=1).logits
         finally:
             hook.remove()
         loss, gradient = _loss(model, hidden[-1].detach(), ids, last.detach())

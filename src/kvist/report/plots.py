@@ -289,7 +289,7 @@ def maps(panels: Sequence[Map], across: int = 7):
         figure = blank(1.75 * across + 0.3, sum(0.2 * max(len(p.depths) for p in panels) + 0.5 for _ in range(rows)))
         every = figure.subplots(rows, across, squeeze=False)
         for ax, panel in zip(every.flat, panels, strict=False):
-            mesh = ax.pcolormesh(panel.shares, vmin=0, vmax=1, cmap="viridis", edgecolors=PAPER, linewidth=0.8)
+            ax.pcolormesh(panel.shares, vmin=0, vmax=1, cmap="viridis", edgecolors=PAPER, linewidth=0.8)
             for (i, j), share in np.ndenumerate(panel.shares):
                 if not np.isnan(share):
                     inside = {"ha": "center", "va": "center_baseline", "color": "#fff" if share < 0.62 else "#222"}
@@ -304,9 +304,6 @@ def maps(panels: Sequence[Map], across: int = 7):
             ax.spines[:].set_visible(False)
         for ax in every.flat[len(panels) :]:
             ax.set_axis_off()
-        ends = {"ticks": (0, 0.5, 1), "format": lambda x, _: f"{x:.0%}"}
-        bar = figure.colorbar(mesh, ax=every, fraction=0.012, pad=0.01, **ends)
-        bar.outline.set_visible(False)
     return figure
 
 
