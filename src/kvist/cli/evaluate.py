@@ -105,6 +105,9 @@ def evaluate(
         raise ValueError("expected a model's folder, its name on the Hugging Face Hub, or 'bundled', found none")
     if stress not in STRESS:
         raise ValueError(f"--stress is {', '.join(STRESS)}, found {stress!r}")
+    for name, value, choices in (("mode", mode, ("stored", "simulated")), ("prefill", prefill, ("exact", "stored"))):
+        if value not in (None, *choices):
+            raise ValueError(f"--{name} is {' or '.join(choices)}, found {value!r}")
     check_plot(plot)
 
     from kvist.evaluate import suite

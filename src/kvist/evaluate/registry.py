@@ -79,14 +79,14 @@ class Kind:
         return {name: each.numbers(cell.values) for name, each in known.items()}
 
 
-_KINDS: dict[str, Kind] = {}
+KINDS: dict[str, Kind] = {}
 
 
 def task(name: str, words: str, **more) -> Callable[[Maker], Maker]:
     """Register the function below, which makes tasks of options and a source, as `Kind` says."""
 
     def register(make: Maker) -> Maker:
-        _KINDS[name] = Kind(name, words, make, **more)
+        KINDS[name] = Kind(name, words, make, **more)
         return make
 
     return register
@@ -95,7 +95,7 @@ def task(name: str, words: str, **more) -> Callable[[Maker], Maker]:
 def kinds() -> dict[str, Kind]:
     """All tasks by name, in alphabetical order."""
     _discover()
-    return dict(sorted(_KINDS.items()))
+    return dict(sorted(KINDS.items()))
 
 
 def kind_of(cell_or_name: Cell | str) -> Kind:
@@ -103,7 +103,7 @@ def kind_of(cell_or_name: Cell | str) -> Kind:
     registered here."""
     _discover()
     name = cell_or_name if isinstance(cell_or_name, str) else cell_or_name.first.task
-    return _KINDS.get(name) or _KINDS.get(name.partition(":")[0]) or Kind(name, "", _unknown)
+    return KINDS.get(name) or KINDS.get(name.partition(":")[0]) or Kind(name, "", _unknown)
 
 
 def sections() -> Iterator[Section]:
