@@ -21,7 +21,7 @@ from kvist.evaluate.task import Place, run
 from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
-from kvist.report.plots import shares
+from kvist.report.plots import grid
 
 EXACT = [contender("exact")]
 
@@ -116,9 +116,9 @@ def test_the_bundled_model_finds_a_needle(bundled, hay):
         (cell,) = run(task, Place.of(model), EXACT, Results())
         assert sum(cell.values["score"]) >= 3 and cell.values["length"] == [300, 300, 480, 480]
         assert rescored({}, cell.values) == cell.values
-        seen = shares(*(cell.values[name] for name in ("length", "depth", "score")), title="", method="exact")
-        assert (seen.lengths, seen.depths, seen.shares.shape) == ([300, 480], [0.2, 0.8], (2, 2))
-        assert seen.shares.sum() == sum(cell.values["score"])
+        lengths, depths, scores = grid(cell.values)
+        assert (lengths, depths, scores.shape) == ([300, 480], [0.2, 0.8], (2, 2))
+        assert scores.sum() == sum(cell.values["score"])
 
 
 class Numbers:

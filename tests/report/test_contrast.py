@@ -10,12 +10,12 @@ from rows import row, write
 from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
 from kvist.report import study
-from kvist.report.contrast import Pair, contrasts, judged, lines, to_exact, to_nothing
 from kvist.report.load import load
 from kvist.report.look import look, number, order
 from kvist.report.plots import best
+from kvist.report.sentences import verdict
+from kvist.report.study import contrasts, judged, lines, to_exact, to_nothing
 from kvist.report.tables import main, scores
-from kvist.report.verdict import verdict
 
 NOISE = np.random.default_rng(0).normal(0, 0.02, 16)
 
@@ -42,7 +42,7 @@ def group(tmp_path):
 
 
 def test_lines_by_hand(group):
-    found = {line.method: line for line in lines(group, "cheap")}
+    found = lines(group, "cheap")
     assert list(found) == ["cheap", "dear", "same", "good", "exact"]
     assert [line.method for line in found.values() if line.frontier] == ["cheap", "good", "exact"]
     verdicts = {name: (line.baseline and line.baseline.verdict) for name, line in found.items()}
@@ -61,7 +61,7 @@ def test_the_seed_reaches_the_tests(group):
     """16 differences have more flips than are drawn: p and the ends of intervals follow the seed, of both columns."""
     known = {entry.method: entry for entry in group.whole.entries}
     pairs = [(known[name], known["cheap"]) for name in ("dear", "same", "good")]
-    of = {seed: {line.method: line for line in lines(group, "cheap", seed)} for seed in (0, 5)}
+    of = {seed: lines(group, "cheap", seed) for seed in (0, 5)}
     for seed, found in of.items():
         expected = contrasts(pairs, "kl", seed)
         assert {name: found[name].baseline for name in expected} == expected
@@ -111,7 +111,7 @@ def test_growth_and_what_accumulates(tmp_path):
     (group,) = load(write(tmp_path / "r.jsonl", made))
     slope, (_, dots) = kind_of("horizon").statistics["slope"], kind_of("horizon").figures
     growth, ends = to_nothing(group, slope.null), list(dots.kinds.values())
-    more = judged([Pair(e.method, "", *(each(e.cell.values) for each in ends)) for e in group.whole.methods])
+    more = judged({e.method: ("", *(each(e.cell.values) for each in ends)) for e in group.whole.methods})
     assert (growth["flat"].verdict, growth["grows"].verdict) == ("=", "worse") and "exact" not in growth
     assert growth["grows"].difference.value == pytest.approx(0.5, abs=0.05)
     assert (more["flat"].verdict, more["grows"].verdict) == ("=", "worse")

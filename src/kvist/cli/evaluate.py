@@ -153,10 +153,11 @@ def evaluate(
             found.append((task, cells))
     if plot:
         from kvist.report.canvas import png
-        from kvist.report.figures import maps
+        from kvist.report.plots import maps
 
         every = [(task.name, cell) for task, cells in found for cell in cells if "length" in cell.values]
-        png(maps([(f"{name}, {c.method}, {c.bits:.2f} bits", c.method, c) for name, c in every], across=4), plot)
+        panels = [(f"{name}, {c.method}, {c.bits:.2f} bits", c.method, c.values) for name, c in every]
+        png(maps(panels, across=4), plot)
     first = named[min(1, len(named) - 1)]
     told = [
         {"task": task.name, "settings": task.settings, "results": suite.summary(cells, first, seed)}

@@ -38,7 +38,7 @@ def report(
 
     from kvist.atomic import replacing
     from kvist.report import canvas, figures, page, study
-    from kvist.report.verdict import verdict
+    from kvist.report.sentences import verdict
 
     found = study.read(folder, baseline, seed)
     picture, _ = figures.frontier(found, found.models[0])
@@ -87,7 +87,7 @@ def _data(found, sentences: list[str], written: list[Path]) -> dict:
             **group.place._asdict(),
             "task": group.task,
             "settings": group.settings,
-            "methods": [plain(line) for line in found.lines(group)],
+            "methods": [plain(line) for line in found.lines(group).values()],
         }
         for group in found.groups
     ]

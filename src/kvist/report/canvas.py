@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import as_file, files
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,41 +15,6 @@ GRID, FAINT, SOFT, PAPER, BAND = "#e4e7eb", "#c4cad2", "#5b636d", "#fffffe", "#e
 FONT = "DejaVu Sans"
 PAGE = {INK: "currentColor", GRID: "var(--grid)", FAINT: "var(--faint)", SOFT: "var(--soft)", PAPER: "var(--paper)"}
 PAGE |= {BAND: "var(--band)", f"'{FONT}', sans-serif": "var(--sans)", f"'{FONT}'": "var(--sans)"}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "kvist",
-    "font.family": "sans-serif",
-    "font.sans-serif": [FONT],
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": SOFT,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "figure.facecolor": "none",
-    "text.parse_math": False,  # a name may hold a dollar
-}
 SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
@@ -59,7 +25,7 @@ def style() -> Iterator[None]:
     """All that is drawn and saved within looks alike."""
     from matplotlib import rc_context
 
-    with rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with as_file(files("kvist.report") / "report.mplstyle") as path, rc_context(fname=path):
         yield
 
 

@@ -90,16 +90,12 @@ class Group:
     @cached_property
     def parted(self) -> "Group":
         """Contenders with a side alone, beside the same with both: over the items that all of these have."""
-        alone = {_plain(entry) for entry in self.entries if entry.part != "both"}
-        return self._common([entry for entry in self.entries if _plain(entry) in alone])
+        alone = {entry.cell.first.method for entry in self.entries if entry.part != "both"}
+        return self._common([entry for entry in self.entries if entry.cell.first.method in alone])
 
     @property
     def methods(self) -> list[Entry]:
         return [entry for entry in self.entries if not entry.floor]
-
-    @property
-    def floors(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.floor]
 
     @property
     def exact(self) -> Entry | None:
@@ -188,11 +184,6 @@ def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Grou
         entries.append(Entry(cell, tuple((file, line) for _, file, line in rows)))
     place = Place(first.model, first.dtype, first.stress)
     return Group(number, place, first.task, first.settings, tuple(entries))
-
-
-def _plain(entry: Entry) -> str:
-    """What a contender is called whatever side of it is coded."""
-    return entry.cell.first.method
 
 
 def _short(value) -> str:

@@ -38,16 +38,6 @@ class Column(NamedTuple):
     real: Sequence[str] = ()
 
 
-class Map(NamedTuple):
-    """Shares (depths, lengths) of right answers, NaN where nothing was asked, below a title in a method's colour."""
-
-    title: str
-    method: str
-    lengths: Sequence[int]
-    depths: Sequence[float | None]
-    shares: np.ndarray
-
-
 def best(points: Points) -> list[tuple[str, float, Estimate]]:
     """The frontier: those that are better than all cheaper ones, by rising bits."""
     found: list[tuple[str, float, Estimate]] = []
@@ -60,23 +50,29 @@ def best(points: Points) -> list[tuple[str, float, Estimate]]:
 def frontiers(rows: Sequence[Sequence[Panel]]):
     """Panels in rows (a quality each) and columns (a condition each), with the frontier of each as a line."""
     columns = max(map(len, rows))
+    # qualities of one condition stand side by side
+    high, wide = (1, len(rows)) if columns == 1 else (len(rows), columns)
     with style():
-        # qualities of one condition stand side by side
-        high, wide = (1, len(rows)) if columns == 1 else (len(rows), columns)
         figure = blank(6.0 * wide, 4.6 * high)
         every = figure.subplots(high, wide, squeeze=False).reshape(len(rows), columns)
+        drawn = [(ax, panel) for axes, panels in zip(every, rows, strict=True) for ax, panel in _filled(axes, panels)]
+        for ax, panel in drawn:
+            _points(ax, panel)
         for axes, panels in zip(every, rows, strict=True):
-            for ax, panel in zip(axes, panels, strict=False):
-                _points(ax, panel)
-            for ax in axes[len(panels) :]:
-                ax.set_axis_off()
             _scale(axes[: len(panels)], panels)
         figure.canvas.draw()  # so that places on it are known
         figure.set_layout_engine("none")
-        for axes, panels in zip(every, rows, strict=True):
-            for ax, panel in zip(axes, panels, strict=False):
-                _label(ax, panel)
+        for ax, panel in drawn:
+            _label(ax, panel)
     return figure
+
+
+def _filled(axes, panels: Iterable) -> list[tuple]:
+    """Axes and what is drawn in each; those that are left are taken away."""
+    found = list(zip(axes, panels, strict=False))
+    for ax in axes[len(found) :]:
+        ax.set_axis_off()
+    return found
 
 
 def _points(ax, panel: Panel) -> None:
@@ -131,18 +127,13 @@ def _label(ax, panel: Panel) -> None:
 
     at = {name: ax.transData.transform((x, y.value)) for name, x, y in panel.points}
     data = {name: (x, y.value) for name, x, y in panel.points}
-    named: dict[str, list[str]] = {}
-    for name in at:
+    room = {name: min((math.dist(at[name], at[other]) for other in at if other != name), default=0) for name in at}
+    chosen: dict[str, str] = {}
+    for name in sorted(at, key=lambda name: room[name]):
         seen = look(name)
-        named.setdefault(seen.family if seen.digit else name, []).append(name)
-
-    def room(name: str) -> float:
-        return min((math.dist(at[name], at[other]) for other in at if other != name), default=0.0)
-
-    chosen = {label: max(names, key=room) for label, names in named.items()}
-    texts = [
-        ax.text(*data[name], label, fontsize=8, color=look(name).colour, zorder=6) for label, name in chosen.items()
-    ]
+        chosen[seen.family if seen.digit else name] = name
+    style = {name: {"fontsize": 8, "color": look(name).colour, "zorder": 6} for name in at}
+    texts = [ax.text(*data[name], label, **style[name]) for label, name in chosen.items()]
     boxes = [note.get_window_extent() for note in ax.texts if note.get_text() == panel.note]
     disc = 6 * ax.figure.dpi / 72
     boxes += [Bbox([(x - disc, y - disc), (x + disc, y + disc)]) for x, y in at.values()]
@@ -169,7 +160,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
     with style():
         figure = blank(2.05 * across + 0.4, 1.75 * rows + 0.3)
         every = figure.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
-        for ax, (family, own) in zip(every.flat, families.items(), strict=False):
+        for ax, (family, own) in _filled(every.flat, families.items()):
             ax.set(yscale="log", ylim=(low, high), xlim=(first, x[-1] + 0.14 * (x[-1] - first)))
             plain_ticks(ax.yaxis)
             ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
@@ -183,11 +174,8 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
             for method in own:
                 _curve(ax, x, method, lines[method])
             _ends(ax, x, {method: lines[method] for method in own}, 0.085 * math.log(high / low))
-        for ax in every.flat[len(families) :]:
-            ax.set_axis_off()
         if floor:
-            where = {"textcoords": "offset points", "va": "bottom"}
-            every[0, 0].annotate("rounding", (x[0], floor), (0, 1), **where, **NOTE)
+            every[0, 0].text(x[0], floor, "rounding", va="bottom", **NOTE)
         for ax in every.flat[max(0, len(families) - across) : len(families)]:
             ax.tick_params(labelbottom=True)
         figure.supxlabel(xlabel, fontsize=8.5, color=SOFT)
@@ -281,38 +269,36 @@ def _dot(ax, x, y, colour: str, kinds: list[str], kind: str, **more) -> str:
     return own or colour
 
 
-def maps(panels: Sequence[Map], across: int = 7):
-    """Small maps side by side: lengths from the left, depths from above, percent right in each cell."""
+def maps(panels: Sequence[tuple[str, str, Mapping[str, list]]], across: int):
+    """Small maps side by side: lengths from the left, depths from above, percent right in each cell. panels: a title,
+    a method and its values per item."""
     across = min(across, len(panels))
-    rows = -(-len(panels) // across)
+    rows, grids = -(-len(panels) // across), [grid(values) for *_, values in panels]
     with style():
-        figure = blank(1.75 * across + 0.3, sum(0.2 * max(len(p.depths) for p in panels) + 0.5 for _ in range(rows)))
+        figure = blank(1.75 * across + 0.3, (0.2 * max(len(depths) for _, depths, _ in grids) + 0.5) * rows)
         every = figure.subplots(rows, across, squeeze=False)
-        for ax, panel in zip(every.flat, panels, strict=False):
-            ax.pcolormesh(panel.shares, vmin=0, vmax=1, cmap="viridis", edgecolors=PAPER, linewidth=0.8)
-            for (i, j), share in np.ndenumerate(panel.shares):
+        for ax, ((title, method, _), (lengths, depths, shares)) in _filled(every.flat, zip(panels, grids, strict=True)):
+            ax.pcolormesh(shares, vmin=0, vmax=1, cmap="viridis", edgecolors=PAPER, linewidth=0.8)
+            for (i, j), share in np.ndenumerate(shares):
                 if not np.isnan(share):
                     inside = {"ha": "center", "va": "center_baseline", "color": "#fff" if share < 0.62 else "#222"}
                     ax.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", fontsize=7.5, **inside)
-            ax.set_title(panel.title, fontsize=8.5, color=look(panel.method).colour)
-            ax.set_xticks(np.arange(len(panel.lengths)) + 0.5, [f"{n:,}" for n in panel.lengths], fontsize=7)
-            said = ["any" if depth is None else f"{100 * depth:.0f}" for depth in panel.depths]
+            ax.set_title(title, fontsize=8.5, color=look(method).colour)
+            ax.set_xticks(np.arange(len(lengths)) + 0.5, [f"{n:,}" for n in lengths], fontsize=7)
+            said = ["any" if depth is None else f"{100 * depth:.0f}" for depth in depths]
             ax.set_yticks(np.arange(len(said)) + 0.5, said, fontsize=7)
             ax.invert_yaxis()
             ax.tick_params(length=0)
             ax.grid(False)
             ax.spines[:].set_visible(False)
-        for ax in every.flat[len(panels) :]:
-            ax.set_axis_off()
     return figure
 
 
-def shares(lengths: Iterable[int], depths: Iterable[float | None], scores: Iterable[float], **more) -> Map:
-    """A map of scores, each at its length and depth."""
+def grid(values: Mapping[str, list]) -> tuple[list[int], list[float | None], np.ndarray]:
+    """Lengths, depths, and the mean score at each (depths, lengths); NaN where nothing was asked."""
     found: dict[tuple, list[float]] = {}
-    for length, depth, score in zip(lengths, depths, scores, strict=True):
-        found.setdefault((length, depth), []).append(score)
-    across = sorted({length for length, _ in found})
-    down = sorted({depth for _, depth in found}, key=lambda depth: -1 if depth is None else depth)
-    means = [[np.mean(found.get((length, depth), [np.nan])) for length in across] for depth in down]
-    return Map(lengths=across, depths=down, shares=np.array(means), **more)
+    for length, depth, score in zip(values["length"], values["depth"], values["score"], strict=True):
+        found.setdefault((depth, length), []).append(score)
+    lengths = sorted({length for _, length in found})
+    depths = sorted({depth for depth, _ in found}, key=lambda depth: -1 if depth is None else depth)
+    return lengths, depths, np.array([[np.mean(found.get((d, n), [np.nan])) for n in lengths] for d in depths])
