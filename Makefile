@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types bench gpu newest clean
+.PHONY: demo test lint types bench gpu gpu-kernels gpu-instructions newest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -35,7 +35,14 @@ bench: $(VENV)/ready
 
 # On a machine with a GPU, by a Python that has torch for CUDA; installs and builds nothing.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu
+	PYTHONPATH=src $(PYTHON) -m benchmarks gpu --out runs/gpu
+
+# One layer's decode attention against others', alone; and warp instructions from machine code, which needs no GPU.
+gpu-kernels:
+	PYTHONPATH=src $(PYTHON) -m benchmarks kernels --out runs/kernels.json
+
+gpu-instructions:
+	PYTHONPATH=src $(PYTHON) -m benchmarks instructions --out runs/instructions.json
 
 # The kernel tests with the newest Triton and numpy, whatever the constraints say.
 newest:

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from kvist.bench import device_time, end_to_end, goals, gpu, headline, kernel_contenders, kernel_gate, kernels, roofline
-from kvist.bench.kernel_storage import Shape, filled, kernel, queries, read, step, twins
-from kvist.bench.standing import standing
+from benchmarks import device_time, end_to_end, goals, gpu, headline, kernel_contenders, kernel_gate, kernels, roofline
+from benchmarks.kernel_storage import Shape, filled, kernel, queries, read, step, twins
+from benchmarks.standing import standing
 from kvist.kernels.attend import attend
 from kvist.models.compat import cache_argument
 
@@ -121,7 +121,7 @@ def test_copies_share_no_page():
 
 @pytest.mark.parametrize(("group", "length", "dim"), [(1, 1, 64), (4, 200, 128), (7, 300, 96)])
 def test_the_fp16_kernel_is_attention(group, length, dim):
-    from kvist.bench.split_triton import attend as attend_fp16
+    from benchmarks.split_triton import attend as attend_fp16
 
     q, (k, v) = torch.randn(2, 2 * group, 1, dim).half(), torch.randn(2, 2, 2, length, dim).half()
     expected = attend(q, k, v, dim**-0.5).out

@@ -1,4 +1,4 @@
-"""`kvist bench kernels`: one layer's decode attention, ours over packed pages against others' over fp16 and FP8.
+"""`make gpu-kernels`: one layer's decode attention, ours over packed pages against others' over fp16 and FP8.
 
 First every method must be right; then contenders are timed on the device, in turn, over data that its cache cannot
 hold. Without a GPU all of it runs at toy sizes and nothing is timed.
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from kvist.bench import device_time, kernel_contenders, kernel_gate
-from kvist.bench.kernel_contenders import FP8, FP16, OURS, Contender, Plain
-from kvist.bench.kernel_packing import rows as packing
-from kvist.bench.kernel_storage import Shape
+from benchmarks import device_time, kernel_contenders, kernel_gate
+from benchmarks.kernel_contenders import FP8, FP16, OURS, Contender, Plain
+from benchmarks.kernel_packing import rows as packing
+from benchmarks.kernel_storage import Shape
 from kvist.bench.memory import free
 from kvist.bench.table import show, write
 from kvist.methods import parse
@@ -106,7 +106,7 @@ def run(
     write(report, out)
     _print(report, as_json)
     if plot:
-        from kvist.bench.roofline import draw
+        from benchmarks.roofline import draw
 
         draw(report, plot)
     return report

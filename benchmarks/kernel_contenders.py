@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvist.bench import kernel_gate, kernel_storage
-from kvist.bench.device_time import copies_for
-from kvist.bench.kernel_storage import Shape
+from benchmarks import kernel_gate, kernel_storage
+from benchmarks.device_time import copies_for
+from benchmarks.kernel_storage import Shape
 
 FP16, FP8, OURS = "fp16", "fp8", "kvist"
 FLASHINFER_PAGE = 16
@@ -93,7 +93,7 @@ def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, scal
 def _split(plain: Plain) -> Contender:
     if plain.query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton runs on GPUs, or in its interpreter with TRITON_INTERPRET=1")
-    from kvist.bench.split_triton import attend
+    from benchmarks.split_triton import attend
 
     return plain.contender("split-KV, Triton", attend)
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvist.bench.kernel_storage import Shape, filled, kernel, queries, step
+from benchmarks.kernel_storage import Shape, filled, kernel, queries, step
 from kvist.cache import step as steps
 from kvist.cache.layer import Layer
 from kvist.cache.view import View

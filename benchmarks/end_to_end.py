@@ -15,11 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 
+from benchmarks import device_time
+from benchmarks.kernel_gate import first_line
+from benchmarks.standing import standing
 from kvist.attention.captured import Captured
-from kvist.bench import device_time, generation, memory, shapes
+from kvist.bench import generation, memory, shapes
 from kvist.bench.generation import Lengths
-from kvist.bench.kernel_gate import first_line
-from kvist.bench.standing import standing
 from kvist.cache.cache import Cache
 from kvist.methods import resolve
 from kvist.models.compat import cache_argument

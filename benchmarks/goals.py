@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from kvist.bench.kernel_storage import Shape
+from benchmarks.kernel_storage import Shape
 
 FORMATS = {
     "4 bit g128": "kivi:4 group=128",
@@ -53,7 +53,7 @@ FP8 = (("4 bit g128", 1.6), ("2 bit g128", 2.3))
 
 def judge(reports: Reports) -> list[dict]:
     """A row per goal: what was wanted, the worst that was measured, and whether it is met; "not measured" where it was
-    not. reports: of the stages of `kvist.bench.gpu`, by name."""
+    not. reports: of the stages of `benchmarks.gpu`, by name."""
     timed = _rows(reports, "kernels")
     rows = []
     for name, where, wanted in RATIOS:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from kvist.bench.instructions import CHIPS, budget
-from kvist.bench.sass import main_loop
+from benchmarks.instructions import CHIPS, budget
+from benchmarks.sass import main_loop
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -37,8 +37,8 @@ SASS = """
 
 
 def counted(*options: str) -> list[dict]:
-    """Rows of `kvist bench instructions`, in a process of its own: in this one Triton may be the interpreter."""
-    command = [sys.executable, "-m", "kvist", "bench", "instructions", "--json", *options]
+    """Rows of the benchmark, in a process of its own: in this one Triton may be the interpreter."""
+    command = [sys.executable, "-m", "benchmarks", "instructions", "--json", *options]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(found.stdout)["rows"]
     assert not [row for row in rows if "failed" in row]
@@ -77,6 +77,6 @@ def test_other_architectures():
 
 
 def test_an_unknown_architecture_is_refused():
-    command = [sys.executable, "-m", "kvist", "bench", "instructions", "--arch", "75"]
+    command = [sys.executable, "-m", "benchmarks", "instructions", "--arch", "75"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode and "80, 90, 100, found 75" in found.stderr

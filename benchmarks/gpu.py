@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kvist.bench import device_time, end_to_end, goals, headline, kernel_gate, kernels
+from benchmarks import device_time, end_to_end, goals, headline, kernel_gate, kernels
 from kvist.bench.table import show, write
 
 LEAST = 15  # seconds without which no stage is begun
@@ -178,7 +178,7 @@ def _apart(name: str, folder: Path, device: str, methods: Sequence[str], most: f
     known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET" or not on_gpu}
     running = {}
     for job, chosen in jobs.items():
-        command = (sys.executable, "-m", "kvist.bench.gpu", name, str(folder / f"{job}.json"), device, *chosen)
+        command = (sys.executable, "-m", "benchmarks.gpu", name, str(folder / f"{job}.json"), device, *chosen)
         log = (folder / f"{job}.log").open("w")
         running[job] = subprocess.Popen(command, stdout=log, stderr=log, env=known, start_new_session=True)
         log.close()

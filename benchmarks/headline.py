@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import device_time
+from benchmarks.end_to_end import CHUNK, WARM, config, geometry, timed_steps
+from benchmarks.kernel_gate import first_line
 from kvist.attention.switch import attach
-from kvist.bench import device_time, memory
-from kvist.bench.end_to_end import CHUNK, WARM, config, geometry, timed_steps
-from kvist.bench.kernel_gate import first_line
+from kvist.bench import memory
 from kvist.bench.shapes import nbytes, outline, random_weights
 from kvist.bench.stand_in import stand_in
 from kvist.cache.cache import Cache
@@ -167,7 +168,7 @@ def angles(device: torch.device, position: int = FAR, pairs: int = 64) -> dict:
     right = exact.cos(), exact.sin()
     found = {"reference": _apart(reference(at, frequencies), right), "transformers": _apart(theirs, right)}
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        from kvist.bench.angles_triton import formed
+        from benchmarks.angles_triton import formed
 
         mine = formed(at.to(device), frequencies.to(device))
         found["kvist"] = _apart([x.cpu() for x in mine], right)

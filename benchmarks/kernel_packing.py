@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from kvist.bench import device_time
-from kvist.bench.kernel_gate import first_line
+from benchmarks import device_time
+from benchmarks.kernel_gate import first_line
 from kvist.bench.stand_in import stand_in
 from kvist.kernels.choose import encoder
 from kvist.methods import parse

@@ -1,4 +1,4 @@
-"""`kvist bench instructions`: warp instructions per cached number of the decode kernels' main loops, without a GPU.
+"""`make gpu-instructions`: warp instructions per cached number of the decode kernels' main loops, without a GPU.
 
 A kernel at full bandwidth has so many issue slots per number and no more: 128 lanes per clock and multiprocessor, over
 the numbers that arrive per clock. One that needs more instructions cannot run at the speed of memory.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvist.bench.sass import disassemble, main_loop
+from benchmarks.sass import disassemble, main_loop
 from kvist.bench.table import machine, show, write
 
 LANES = 128  # that a multiprocessor issues per clock
