@@ -16,12 +16,12 @@ from benchmarks.kernel_gate import first_line
 from kvist.attention.switch import attach
 from kvist.bench import memory
 from kvist.bench.shapes import nbytes, outline, random_weights
-from kvist.bench.stand_in import stand_in
 from kvist.cache.cache import Cache
 from kvist.methods import parse
 from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
+from kvist.testing.stand_in import stand_in
 
 METHOD = "kvquant:2 keys=post-rope outliers=0"
 SETTINGS = (("llama-2-7b", 1 << 20, 80 << 30), ("llama-3-8b", 1 << 22, 0))  # shape, tokens, cap in bytes or none

@@ -27,7 +27,7 @@ FLASH_INFER, FLASH_3, FLASH_2 = "flashinfer", "flash_attn_interface", "flash_att
 
 
 @dataclass
-class Contender:
+class Runner:
     """turns: a decode step each, all the same but for where the data lie; expected (B, Hq, 1, D) fp32, of the first;
     nbytes: what a step must read; kernel: what serves it."""
 
@@ -77,10 +77,10 @@ class Plain:
     def expected(self) -> Tensor:
         return kernel_gate.over_tensors(self.query, *self.pairs[0], self.scale)
 
-    def contender(self, name: str, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Contender:
+    def contender(self, name: str, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Runner:
         """One that takes these very tensors."""
         turns: list[Callable] = [partial(attend, self.query, *pair, self.scale) for pair in self.pairs]
-        return Contender(name, FP16, turns, self.expected, self.nbytes, kernel=name)
+        return Runner(name, FP16, turns, self.expected, self.nbytes, kernel=name)
 
 
 def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -90,7 +90,7 @@ def _sdpa(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor, scal
         )
 
 
-def _split(plain: Plain) -> Contender:
+def _split(plain: Plain) -> Runner:
     if plain.query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton runs on GPUs, or in its interpreter with TRITON_INTERPRET=1")
     from benchmarks.split_triton import attend
@@ -98,7 +98,7 @@ def _split(plain: Plain) -> Contender:
     return plain.contender("split-KV, Triton", attend)
 
 
-def _flashinfer(plain: Plain, kind: str) -> Contender:
+def _flashinfer(plain: Plain, kind: str) -> Runner:
     """FlashInfer's decode over pages, which has split-KV at every batch."""
     import flashinfer  # pyright: ignore[reportMissingImports]
 
@@ -132,7 +132,7 @@ def _flashinfer(plain: Plain, kind: str) -> Contender:
     return _foreign("FlashInfer", plain, kind, turns, stored)
 
 
-def _flash(plain: Plain, kind: str, module: str) -> Contender:
+def _flash(plain: Plain, kind: str, module: str) -> Runner:
     """FlashAttention's own decode, 3 (Hopper) or 2."""
     name = "FlashAttention-3" if module == FLASH_3 else "FlashAttention-2"
     attend = importlib.import_module(module).flash_attn_with_kvcache
@@ -148,16 +148,16 @@ def _flash(plain: Plain, kind: str, module: str) -> Contender:
     return _foreign(name, plain, kind, turns, stored)
 
 
-def _foreign(name: str, plain: Plain, kind: str, turns: list[Callable], stored: torch.dtype) -> Contender:
+def _foreign(name: str, plain: Plain, kind: str, turns: list[Callable], stored: torch.dtype) -> Runner:
     expected, tolerance = plain.expected, kernel_gate.TOLERANCE
     if kind == FP8:
         keys, values = (x.to(stored).float() for x in plain.pairs[0])
         expected, tolerance = kernel_gate.over_tensors(plain.query, keys, values, plain.scale), FP8_TOLERANCE
     nbytes = plain.nbytes * stored.itemsize // 2
-    return Contender(f"{name}, {kind}", kind, turns, expected, nbytes, tolerance, name)
+    return Runner(f"{name}, {kind}", kind, turns, expected, nbytes, tolerance, name)
 
 
-def half_precision(plain: Plain) -> Iterator[tuple[str, str, Callable[[], Contender]]]:
+def half_precision(plain: Plain) -> Iterator[tuple[str, str, Callable[[], Runner]]]:
     """Every contender over fp16 or FP8 by name and kind, and how to make it; making one that cannot be had raises."""
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
         name = f"torch SDPA, {backend.name.split('_')[0].lower()}"
@@ -169,17 +169,17 @@ def half_precision(plain: Plain) -> Iterator[tuple[str, str, Callable[[], Conten
     yield "FlashAttention-2, fp16", FP16, partial(_installed, FLASH_2, partial(_flash, plain, FP16, FLASH_2))
 
 
-def _installed(module: str, make: Callable[[], Contender]) -> Contender:
+def _installed(module: str, make: Callable[[], Runner]) -> Runner:
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"{module} is not installed")
     return make()
 
 
-def ours(method: str, shape: Shape, device: torch.device, toy: bool) -> Contender:
+def ours(method: str, shape: Shape, device: torch.device, toy: bool) -> Runner:
     """A method of the house, through the layer and the view that a model's attention uses."""
     layer = kernel_storage.filled(method, shape, device)
     query, scale = kernel_storage.queries(shape, device), shape.dim**-0.5
     expected, nbytes = kernel_gate.over_tiles(layer, query, scale), kernel_storage.read(layer)
     layers = kernel_storage.twins(layer, 1 if toy else copies_for(nbytes))
     turns: list[Callable] = [partial(kernel_storage.step, each, query, scale) for each in layers]
-    return Contender(f"kvist {method}", OURS, turns, expected, nbytes, kernel=kernel_storage.kernel(layer)[0])
+    return Runner(f"kvist {method}", OURS, turns, expected, nbytes, kernel=kernel_storage.kernel(layer)[0])

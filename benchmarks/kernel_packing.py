@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import device_time
 from benchmarks.kernel_gate import first_line
-from kvist.bench.stand_in import stand_in
 from kvist.kernels.choose import encoder
 from kvist.methods import parse
+from kvist.testing.stand_in import stand_in
 
 TOKENS, HEADS, DIM = 1 << 16, 8, 128
 TOY_TOKENS, TOY_HEADS = 256, 1

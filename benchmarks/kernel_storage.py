@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvist.bench.stand_in import stand_in
 from kvist.cache.layer import Layer
 from kvist.cache.report import measure
 from kvist.cache.rows import Rows
@@ -19,6 +18,7 @@ from kvist.coding import Fixed
 from kvist.kernels import choose
 from kvist.methods import parse
 from kvist.plan import LayerPlan
+from kvist.testing.stand_in import stand_in
 
 CHUNK = 8192  # tokens of all rows that an update brings
 WRITTEN = 1 << 16  # tokens of all rows that are coded; further pages of a large shape are copies of theirs

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import device_time, kernel_contenders, kernel_gate
-from benchmarks.kernel_contenders import FP8, FP16, OURS, Contender, Plain
+from benchmarks.kernel_contenders import FP8, FP16, OURS, Plain, Runner
 from benchmarks.kernel_packing import rows as packing
 from benchmarks.kernel_storage import Shape
 from kvist.bench.memory import free
@@ -153,7 +153,7 @@ def variants_of(
     found: list[dict] = []
     shape = Shape.parse(TOY_VARIANT if toy else VARIANT)
     for method in methods:
-        made: list[Contender] = []
+        made: list[Runner] = []
         for variant in ("", "shuffled", "ragged"):
             _admit_ours(
                 method, replace(shape, variant=variant), device, toy, wrong or {}, made, found, variant or "in order"
@@ -175,11 +175,11 @@ def _admit_ours(
     device: torch.device,
     toy: bool,
     wrong: dict[str, str],
-    made: list[Contender],
+    made: list[Runner],
     rows: list[dict],
     variant: str = "",
 ) -> None:
-    def make() -> Contender:
+    def make() -> Runner:
         if method in wrong:
             raise RuntimeError(f"gate: {wrong[method]}")
         return kernel_contenders.ours(method, shape, device, toy)
@@ -190,7 +190,7 @@ def _admit_ours(
 def _admit(
     name: str,
     kind: str,
-    make: Callable[[], Contender],
+    make: Callable[[], Runner],
     shape: Shape,
     device: torch.device,
     made: list,

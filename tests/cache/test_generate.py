@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import CASES, EACH, recipe
 from models_tiny import padded, tiny_llama, unpadded
 from oracle import OracleCache
 from shadow import ROUGH, WAYS, Shadow, agree, compare, generating
 
 import kvist
+from kvist.testing.cases import CASES, EACH, recipe
 
 NEW = 40
 MATRIX = [(text, way) for text in CASES for way in WAYS if way != "eager" or text in EACH]

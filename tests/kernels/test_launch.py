@@ -14,7 +14,7 @@ import pytest
 PROGRAM = """
 import json, sys
 import torch
-from cases import recipe
+from kvist.testing.cases import recipe
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 

@@ -3,8 +3,6 @@
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 from kvist.cache.layer import Layer
 from kvist.cache.track import Track
 from kvist.units import size
@@ -122,30 +120,3 @@ def _track(layer: Layer, track: Track, used: Counter, allocated: Counter) -> Non
     ):
         allocated[name] += tensor.nbytes
         used[name] += count * token
-
-
-def held(cache) -> int:
-    """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
-    seen: dict[int, int] = {}
-
-    def visit(x) -> None:
-        if isinstance(x, Tensor):
-            inner = [
-                getattr(x, name) for name in ("_data", "_scale", "_shift") if isinstance(getattr(x, name, None), Tensor)
-            ]
-            if inner:
-                for part in inner:
-                    visit(part)
-            else:
-                storage = x.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(x, dict):
-            for value in x.values():
-                visit(value)
-        elif isinstance(x, list | tuple):
-            for value in x:
-                visit(value)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(seen.values())

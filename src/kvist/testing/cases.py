@@ -1,8 +1,8 @@
 """Every registered method with windows and groups so small that 200 tokens fill several pages."""
 
 from kvist import methods
-from kvist.bench.stand_in import stand_in
 from kvist.plan import Recipe
+from kvist.testing.stand_in import stand_in
 
 # Several settings of a method may be listed; a method that is not listed is tested as it comes.
 SMALL = [
