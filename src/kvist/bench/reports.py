@@ -6,7 +6,7 @@ another, are nothing of ours.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -75,13 +75,29 @@ class Gate(Columns):
     found: str
 
 
+class Look(NamedTuple):
+    """How results are drawn: a column per size, in these words; the unit; whether less is better; what a dot is."""
+
+    size: str
+    unit: str
+    lower: bool
+    words: str
+
+
 class Report(Columns):
-    """A benchmark's results."""
+    """A benchmark's results. look: how they are drawn, if they are."""
+
+    look: ClassVar[Look | None] = None
 
     known: ClassVar[dict[str, type["Report"]]] = {}
     bench: str
     title: str = ""
     machine: Machine = {}
+
+    @property
+    def drawn(self) -> dict[int, dict[str, tuple[float, Maybe, Maybe]]]:
+        """By size and contender: a number and its ends."""
+        return {}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -108,6 +124,14 @@ class Decode(Report):
     bench: Literal["decode"] = "decode"
     seed: int = 0
     rows: list[DecodeRow]
+    look = Look(
+        "{:,} tokens", "ms per decode step (whiskers: 10 % and 90 % of the steps)", True, "Median of the steps."
+    )
+
+    @property
+    def drawn(self) -> dict[int, dict[str, tuple[float, Maybe, Maybe]]]:
+        known = [row for row in self.rows if row.median_ms]
+        return _by_size([(row.tokens, row.contender, (row.median_ms or 0.0, row.p10_ms, row.p90_ms)) for row in known])
 
 
 class Encode(Report):
@@ -127,6 +151,11 @@ class Throughput(Report):
     largest: list[dict[str, Any]] = []
     published: dict[str, Any] = {}
     interrupted: bool = False
+    look = Look("batch {}", "generated tokens/s, prefill included", False, "One run each, no interval.")
+
+    @property
+    def drawn(self) -> dict[int, dict[str, tuple[float, Maybe, Maybe]]]:
+        return _by_size([(row.batch, row.contender, (row.speed, None, None)) for row in self.rows if row.speed])
 
 
 class Gates(Report):
@@ -160,3 +189,10 @@ def read_beside(folder: Path) -> list[tuple[str, Report]]:
     """The reports in a folder, by the names of their files."""
     found = ((path.name, load(path)) for path in sorted(folder.glob("*.json")))
     return [(name, report) for name, report in found if report is not None]
+
+
+def _by_size(rows: list[tuple[int, str, tuple[float, Maybe, Maybe]]]) -> dict[int, dict]:
+    found: dict[int, dict] = {}
+    for size, contender, ends in rows:
+        found.setdefault(size, {})[contender.removeprefix("kvist ")] = ends
+    return found

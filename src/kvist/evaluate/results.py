@@ -6,9 +6,10 @@ parts of one cell, whatever run they come from.
 
 import hashlib
 import json
+import lzma
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ def described(recipe: Recipe) -> dict:
     return made
 
 
+def contents(path: Path) -> bytes:
+    """Of a results file, which may be compressed. ValueError where that is damaged."""
+    try:
+        return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except lzma.LZMAError:
+        raise ValueError(f"{path} is no xz file, or damaged") from None
+
+
+def rows_of(lines: Iterable[bytes], path: Path, advice: str) -> Iterator[tuple[int, Row]]:
+    """Rows of a file's lines, with their numbers. ValueError, with advice, for a line that is no row."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield number, Row.model_validate_json(line)
+        except ValidationError:
+            raise ValueError(f"line {number} of {path} is no result of `kvist eval`; {advice}") from None
+
+
 class Results:
     """Rows by cell, kept in a file of JSON lines where one is given. A row is written as soon as it is added; a line
     torn by an interruption is dropped when the file is opened again."""
@@ -138,11 +156,7 @@ class Results:
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                row = Row.model_validate_json(line)
-            except ValidationError:
-                raise ValueError(f"line {number} of {path} is no result of `kvist eval`; give another --out") from None
+        for _, row in rows_of(data[:whole].splitlines(), path, "give another --out"):
             self.rows.setdefault(row.cell, []).append(row)
         if whole < len(data):
             if not data[whole:].startswith(b'{"task"'[: len(data) - whole]):

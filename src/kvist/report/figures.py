@@ -3,12 +3,12 @@
 What a task wants drawn it says itself (`kvist.evaluate.measures`); figures across tasks are made here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvist.bench.reports import Decode, Report, Throughput
+from kvist.bench.reports import Report
 from kvist.evaluate.measures import Curves, Dots, Maps, Section
 from kvist.evaluate.registry import Kind, kind_of, kinds
 from kvist.evaluate.statistics import Estimate, mean, means
@@ -60,7 +60,7 @@ def _divergence(study: Study, group: Group) -> Panel:
     points = [(line.method, line.bits, line.of(KL)) for line in study.lines(group, KL).values()]
     points = [point for point in points if point[0] != EXACT and point[2].value > 0]
     floor = floor_of(group)
-    band, unit = floor and _alone(floor), "KL from the exact cache, nats"
+    band, unit = floor and Estimate.alone(floor), "KL from the exact cache, nats"
     return Panel(f"{group.place}: {group.task}", unit, points, band, "what rounding alone does", True)
 
 
@@ -153,7 +153,8 @@ def _memory(study: Study) -> Iterator[Figure]:
             if len(lengths) == 1 and None not in lengths:
                 bits.setdefault(lengths.pop(), {}).setdefault(row.method, []).append(row.bits)
         known = {
-            n: {m: {"": _alone(float(np.mean(x)))} for m, x in bits[n].items()} for n in sorted(bits)[-MOST_SIZES:]
+            n: {m: {"": Estimate.alone(float(np.mean(x)))} for m, x in bits[n].items()}
+            for n in sorted(bits)[-MOST_SIZES:]
         }
         if known:
             figure = plots.dots([Column(f"{n:,} tokens", x) for n, x in known.items()], "bits per cached number", False)
@@ -172,34 +173,24 @@ def _cost(study: Study) -> Iterator[Figure]:
 
 
 def _benches(benches: Sequence[tuple[str, Report]]) -> Iterator[Figure]:
-    """What `kvist bench decode` and `kvist bench throughput` measured."""
+    """What `kvist bench` measured and says how to draw."""
     for i, (file, report) in enumerate(benches, 1):
-        found: dict[int, dict[str, Mapping[str, Estimate]]] = {}
-        for row in report.rows if isinstance(report, Decode) else ():
-            if row.median_ms:
-                ends = Estimate(row.median_ms, row.p10_ms, row.p90_ms)
-                found.setdefault(row.tokens, {})[row.contender.removeprefix("kvist ")] = {"": ends}
-        for row in report.rows if isinstance(report, Throughput) else ():
-            if row.speed:
-                found.setdefault(row.batch, {})[row.contender.removeprefix("kvist ")] = {"": _alone(row.speed)}
-        if not found:
+        found, seen = report.drawn, report.look
+        if not found or not seen:
             continue
-        steps, sizes = isinstance(report, Decode), sorted(found)
+        sizes = sorted(found)
         if len(sizes) > MOST_SIZES:
             sizes = [sizes[round(i * (len(sizes) - 1) / (MOST_SIZES - 1))] for i in range(MOST_SIZES)]
-        columns = [Column(f"{n:,} tokens" if steps else f"batch {n}", found[n]) for n in sizes]
+        columns = [
+            Column(seen.size.format(n), {m: {"": Estimate(*ends)} for m, ends in found[n].items()}) for n in sizes
+        ]
         last = found[sizes[-1]]  # the longest, or the largest batch, decides who stands above
-        methods = sorted(last, key=lambda name: last[name][""].value, reverse=not steps)
-        methods += [n for n in dict.fromkeys(n for column in columns for n in column.values) if n not in last]
-        unit = (
-            "ms per decode step: medians, 10 % and 90 % of the steps"
-            if steps
-            else "generated tokens/s, prefill included"
-        )
+        methods = sorted(last, key=lambda name: last[name][0] if seen.lower else -last[name][0])
+        methods += [n for n in dict.fromkeys(n for n_ in sizes for n in found[n_]) if n not in last]
         machine = ", ".join(f"{name} {value}".removeprefix("processor ") for name, value in report.machine.items())
-        caption, body = f"{report.title.rstrip('.')}. {machine}.", canvas.svg(plots.dots(columns, unit, steps, methods))
-        title = report.title.partition(":")[0] or file
-        yield Figure(f"bench-{i}", SPEED, title, body, caption, "steps" if steps else "runs", file=file)
+        body = canvas.svg(plots.dots(columns, seen.unit, seen.lower, methods))
+        caption = f"{report.title.rstrip('.')}. {seen.words} {machine}."
+        yield Figure(f"bench-{i}", SPEED, report.title.partition(":")[0] or file, body, caption, "bench", file=file)
 
 
 def _figure(what: str, kind: Kind, group: Group, title: str, figure: Any, caption: str) -> Figure:
@@ -220,11 +211,6 @@ def _fullest(study: Study, known: Sequence[Group]) -> Iterator[Group]:
     """Of these groups the fullest of each place."""
     for place in study.places:
         yield from [group for group in study.of(place) if group in known][:1]
-
-
-def _alone(x: float) -> Estimate:
-    """A number without an interval."""
-    return Estimate(x, None, None)
 
 
 def _numbers(groups: Iterable[Group]) -> tuple[int, ...]:

@@ -1,17 +1,14 @@
 """Rows of results files, grouped: what was measured together can be compared."""
 
 import json
-import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from kvist.evaluate.results import Cell, Row
+from kvist.evaluate.results import Cell, Row, contents, rows_of
 
 PATTERNS = ("*.jsonl", "*.jsonl.xz")
 FLOOR = "floor: "
@@ -135,7 +132,8 @@ def load(source: str | Path) -> list[Group]:
     files = [source] if source.is_file() else sorted({path for one in PATTERNS for path in source.glob(one)})
     found: dict[str, dict[tuple[str, str], list[tuple[Row, str, int]]]] = {}
     for file in files:
-        for number, row in _rows(file):
+        # the last line is empty, or torn: a run may be writing it
+        for number, row in rows_of(contents(file).split(b"\n")[:-1], file, "take the file away"):
             kind = json.dumps([row.model, row.dtype, row.stress, row.task, row.metric, row.settings], sort_keys=True)
             found.setdefault(kind, {}).setdefault((row.digest, row.part), []).append((row, file.name, number))
     if not found:
@@ -150,27 +148,11 @@ def titles(groups: Sequence[Group]) -> dict[int, str]:
     """By number, a name for each group: its task, and what tells it from others of the same task in its place."""
     found = {}
     for group in groups:
-        others = [each for each in groups if (each.place, each.task) == (group.place, group.task)]
-        told = [
-            f"{name} {_short(group.settings.get(name))}"
-            for name in group.settings
-            if name != "data" and len({json.dumps(each.settings.get(name), sort_keys=True) for each in others}) > 1
-        ]
-        found[group.number] = ", ".join([group.task, *told])
+        others = [each.settings for each in groups if (each.place, each.task) == (group.place, group.task)]
+        told = [name for name, value in group.settings.items() if any(each.get(name) != value for each in others)]
+        words = [f"{name} {_short(group.settings[name])}" for name in told if name != "data"]
+        found[group.number] = ", ".join([group.task, *words])
     return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        data = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
-    except lzma.LZMAError:
-        raise ValueError(f"{file} is no xz file, or damaged") from None
-    lines = data.split(b"\n")  # the last is empty, or torn: a run may be writing it
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            yield number, Row.model_validate_json(line)
-        except ValidationError:
-            raise ValueError(f"line {number} of {file} is no result of `kvist eval`; take the file away") from None
 
 
 def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Group:

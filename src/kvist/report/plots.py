@@ -55,14 +55,13 @@ def frontiers(rows: Sequence[Sequence[Panel]]):
     with style():
         figure = blank(6.0 * wide, 4.6 * high)
         every = figure.subplots(high, wide, squeeze=False).reshape(len(rows), columns)
-        drawn = [(ax, panel) for axes, panels in zip(every, rows, strict=True) for ax, panel in _filled(axes, panels)]
-        for ax, panel in drawn:
+        drawn = [(*each, panels) for axes, panels in _filled(every, rows) for each in _filled(axes, panels)]
+        for ax, panel, beside in drawn:
             _points(ax, panel)
-        for axes, panels in zip(every, rows, strict=True):
-            _scale(axes[: len(panels)], panels)
+            _scale(ax, panel, beside)
         figure.canvas.draw()  # so that places on it are known
         figure.set_layout_engine("none")
-        for ax, panel in drawn:
+        for ax, panel, _ in drawn:
             _label(ax, panel)
     return figure
 
@@ -96,28 +95,23 @@ def _points(ax, panel: Panel) -> None:
         ax.plot(*zip(*line, strict=True), color=colour, linewidth=0.9, alpha=0.6, zorder=2)
 
 
-def _scale(axes, panels: Sequence[Panel]) -> None:
-    """The same scale for all conditions of a quality; the band of what is not known below all points."""
-    values = [y for panel in panels for *_, y in panel.points]
-    floors = [panel.floor.value for panel in panels if panel.floor is not None]
-    high = max(y.high if y.high is not None else y.value for y in values)
-    low = min([y for y in (*(y.value for y in values), *floors) if y > 0], default=1e-6)
-    bits = [x for panel in panels for _, x, _ in panel.points]
-    pad = 0.06 * (max(bits) - min(bits)) + 0.1
-    for ax, panel in zip(axes, panels, strict=True):
-        bottom, top = (low / 1.8, high * 1.4) if panel.log else (-0.04 * high, 1.07 * high + 0.01)
-        ax.set(ylim=(bottom, top), xlim=(min(bits) - pad, max(bits) + 2.2 * pad))
-        if panel.log:
-            plain_ticks(ax.yaxis)
-        if panel.floor is None:
-            continue
+def _scale(ax, panel: Panel, beside: Sequence[Panel]) -> None:
+    """The same for all conditions of a quality; below, the band of what is not known."""
+    every = [(x, y) for each in beside for _, x, y in each.points]
+    low = [y.value for _, y in every] + [each.floor.value for each in beside if each.floor]
+    high, bits = max(y.value if y.high is None else y.high for _, y in every), [x for x, _ in every]
+    pad, least = 0.06 * (max(bits) - min(bits)) + 0.1, min((y for y in low if y > 0), default=1e-6)
+    bottom, top = (least / 1.8, high * 1.4) if panel.log else (-0.04 * high, 1.07 * high + 0.01)
+    ax.set(ylim=(bottom, top), xlim=(min(bits) - pad, max(bits) + 2.2 * pad))
+    if panel.log:
+        plain_ticks(ax.yaxis)
+    if panel.floor:
         at, first, last = panel.floor
-        first, last = (bottom, at) if panel.log or first is None or last is None else (first, last)
-        ax.axhspan(first, last, color=BAND, zorder=0, linewidth=0)
+        ax.axhspan(*((bottom, at) if panel.log or first is None else (first, last)), color=BAND, zorder=0, linewidth=0)
         ax.axhline(at, color=FAINT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
-        up = -2 if panel.log else 3
-        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-        ax.annotate(panel.note, (0.995, at), (0, up), va="top" if panel.log else "bottom", **where, **NOTE)
+        down, where = ("top", -2) if panel.log else ("bottom", 3), ("axes fraction", "data")
+        beside_it = {"textcoords": "offset points", "xycoords": where, "ha": "right", "va": down[0]}
+        ax.annotate(panel.note, (0.995, at), (0, down[1]), **beside_it, **NOTE)
 
 
 def _label(ax, panel: Panel) -> None:
@@ -172,7 +166,11 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
             behind = [y for name in lines if name not in own for y in (*_positive(lines[name]), math.nan)]
             ax.plot([*x, math.nan] * (len(lines) - len(own)), behind, color=FAINT, linewidth=0.6, alpha=0.6, zorder=1)
             for method in own:
-                _curve(ax, x, method, lines[method])
+                colour, digit, line = look(method).colour, look(method).digit, lines[method]
+                low_, high_ = ([max(end or LEAST, LEAST) for end in ends] for ends in list(zip(*line, strict=True))[1:])
+                ax.fill_between(x, low_, high_, where=[y.low is not None for y in line], color=colour, alpha=0.18, lw=0)
+                dash = {"linestyle": "-" if digit else (0, (3, 1.5)), "marker": "o" if len(x) < 8 else None, "ms": 2.5}
+                ax.plot(x, _positive(line), color=colour, linewidth=1.4, zorder=3, **dash)
             _ends(ax, x, {method: lines[method] for method in own}, 0.085 * math.log(high / low))
         if floor:
             every[0, 0].text(x[0], floor, "rounding", va="bottom", **NOTE)
@@ -181,15 +179,6 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
         figure.supxlabel(xlabel, fontsize=8.5, color=SOFT)
         figure.supylabel("KL from the exact cache, nats", fontsize=8.5, color=SOFT)
     return figure
-
-
-def _curve(ax, x, method: str, line: Sequence[Estimate]) -> None:
-    seen = look(method)
-    bounds = [(max(y.low or LEAST, LEAST), max(y.high or LEAST, LEAST)) for y in line if y.low is not None]
-    if len(bounds) == len(line):
-        ax.fill_between(x, *zip(*bounds, strict=True), color=seen.colour, alpha=0.18, linewidth=0, zorder=2)
-    dash, marker = "-" if seen.digit else (0, (3, 1.5)), "o" if len(x) < 8 else None
-    ax.plot(x, _positive(line), color=seen.colour, linewidth=1.4, linestyle=dash, marker=marker, ms=2.5, zorder=3)
 
 
 def _ends(ax, x, own: Mapping[str, Sequence[Estimate]], room: float) -> None:

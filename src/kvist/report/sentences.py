@@ -9,7 +9,7 @@ from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate, difference, holm, mean, paired_p
 from kvist.report.load import EXACT, Entry, Group, Place, load, titles
 from kvist.report.look import interval, number
-from kvist.report.study import ALPHA, KL, SCORE, Study, compared, numbers, primary, said_p
+from kvist.report.study import ALPHA, KL, SCORE, Study, compared, numbers, primary, said_p, to_nothing
 
 FEW = 5  # names in a sentence of the header
 TOO_FEW = 6  # items: no flip of fewer signs has a p below 5 %
@@ -107,7 +107,7 @@ def notes(study: Study, place: Place) -> list[str]:
     found = [frontier(study, place), answered(study, place)]
     for group in study.fullest(place):
         for told in kind_of(group.task).statistics.values():
-            grows = study.above_nothing(group, told.null) if told.null and study.lines(group) else {}
+            grows = to_nothing(group, told.null, study.seed) if told.null and study.lines(group) else {}
             real = [m for m in study.table(place) if m in grows and grows[m].verdict == "worse"]
             words = _listed(real) if 0 < len(real) <= 6 else f"{len(real)} of {len(grows)} methods"
             if grows:
@@ -154,9 +154,9 @@ class Comparison(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was found, and whether it is real."""
-        (x, y), p = self.means, said_p(self.p) if self.p < 0.001 else f"= {said_p(self.p)}"
-        known = f"{number(x.value)} against {number(y.value)}, difference {number(self.difference.value)}"
-        known = f"{known} {interval(self.difference)}".rstrip() + f", p {p}"
+        x, y, change = (number(each.value) for each in (*self.means, self.difference))
+        known = f"{x} against {y}, difference {change} {interval(self.difference)}".rstrip()
+        known += f", p {said_p(self.p)}" if self.p < 0.001 else f", p = {said_p(self.p)}"
         where = f"{self.task} ({self.place}, {self.items} items): "
         if not self.real:
             few = f"; {self.items} items are too few to show one" if self.items < TOO_FEW else ""

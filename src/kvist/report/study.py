@@ -67,11 +67,9 @@ def lines(group: Group, baseline: str, seed: int = 0, name: str = KL) -> dict[st
     kind, known = kind_of(group.task), {entry.method: entry for entry in entries}
     sign = 1 if kind.compared[name].lower else -1
     value = {entry.method: sign * float(np.mean(numbers(entry, name))) for entry in entries}
-    cheaper, best = {}, None
-    for entry in entries:
-        cheaper[entry.method] = best
-        if best is None or value[entry.method] < value[best]:
-            best = entry.method
+    cheaper: dict[str, str | None] = {}
+    for i, entry in enumerate(entries):
+        cheaper[entry.method] = min((e.method for e in entries[:i]), key=lambda m: value[m], default=None)
     compared = [entry for entry in entries if entry.method != EXACT]
     based = [(e, known[baseline]) for e in compared if e.method != baseline and baseline in known]
     to_base = contrasts(based, name, seed)
@@ -94,14 +92,13 @@ def contrasts(pairs: Sequence[tuple[Entry, Entry]], name: str, seed: int = 0) ->
     return judged({a.method: (b.method, numbers(a, name), numbers(b, name)) for a, b in pairs}, seed, lower)
 
 
-def judged(
-    pairs: Mapping[str, tuple[str, Sequence, Sequence]], seed: int = 0, lower: bool = True
-) -> dict[str, Contrast]:
+def judged(pairs: Mapping[str, tuple[str, Sequence, Sequence]], seed=0, lower: bool = True) -> dict[str, Contrast]:
     """The same of numbers per item, its own and those of what it is compared with, of which less is better, or more."""
     found, ps = {}, holm([paired_p(a, b, seed) for _, a, b in pairs.values()])
     for p, (method, (against, a, b)) in zip(ps, pairs.items(), strict=True):
         change = difference(a, b, seed)
-        found[method] = Contrast(against, change, p, verdict(lower, change.value, p))
+        word = "=" if p >= ALPHA or change.value == 0 else "better" if (change.value < 0) == lower else "worse"
+        found[method] = Contrast(against, change, p, word)
     return found
 
 
@@ -115,13 +112,6 @@ def to_nothing(group: Group, numbers: Numbers, seed: int = 0) -> dict[str, Contr
     """By method, whether these numbers per item are really above zero ("worse")."""
     known = {entry.method: numbers(entry.cell.values) for entry in group.whole.methods if entry.method != EXACT}
     return judged({method: ("none", each, [0.0] * len(each)) for method, each in known.items() if each}, seed)
-
-
-def verdict(lower: bool, change: float, p: float) -> str:
-    """In a word."""
-    if p >= ALPHA or change == 0:
-        return "="
-    return "better" if (change < 0) == lower else "worse"
 
 
 def compared(entry: Entry, name: str) -> Compared:
@@ -162,19 +152,18 @@ class Study:
 
     @cached_property
     def titles(self) -> dict[int, str]:
+        """What each group is called, by its number."""
         return titles(self.groups)
 
     @cached_property
     def places(self) -> list[Place]:
         return list(dict.fromkeys(group.place for group in self.groups))
 
-    @cached_property
+    @property
     def models(self) -> list[list[Place]]:
         """Places of one model and precision together; planted outliers change its fingerprint, not its name."""
-        found: dict[tuple[str, str], list[Place]] = {}
-        for place in self.places:
-            found.setdefault((place.name, place.dtype), []).append(place)
-        return list(found.values())
+        kinds = dict.fromkeys((place.name, place.dtype) for place in self.places)
+        return [[place for place in self.places if (place.name, place.dtype) == kind] for kind in kinds]
 
     @cached_property
     def methods(self) -> list[str]:
@@ -218,9 +207,6 @@ class Study:
         if (group.number, EXACT) not in self.made:
             self.made[group.number, EXACT] = to_exact(group, self.seed)
         return self.made[group.number, EXACT]
-
-    def above_nothing(self, group: Group, numbers: Numbers) -> dict[str, Contrast]:
-        return to_nothing(group, numbers, self.seed)
 
     def table(self, place: Place) -> dict[str, Line]:
         """Methods of a place by rising bits: by divergence, or by answers where that alone was measured."""

@@ -9,7 +9,7 @@ from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
 from kvist.report.load import EXACT, Group, Place
 from kvist.report.look import interval, look, number, percent, spread
-from kvist.report.study import KL, SCORE, Contrast, Line, Study, floor_of
+from kvist.report.study import KL, SCORE, Contrast, Line, Study, floor_of, to_nothing
 
 MARKS = {"better": "▼", "worse": "▲", "=": "="}
 UP = {"better": "▲", "worse": "▼", "=": "="}  # where more is better
@@ -35,16 +35,6 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Field]]
     caption: str
     groups: tuple[int, ...]
-
-    @property
-    def plain(self) -> list[list[str]]:
-        """Heads and rows as Markdown's cells; columns of pictures are left out."""
-        kept = [i for i, (name, _) in enumerate(self.columns) if name]
-        rows = [[self.columns[i][0] for i in kept]]
-        for name, *fields in self.rows:
-            cells = [f"`{name.text}`" + (" ●" if name.verdict == "frontier" else "")]
-            rows.append(cells + [" ".join(filter(None, fields[i - 1][:2])) for i in kept[1:]])
-        return [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
 
 
 class Column(NamedTuple):
@@ -73,7 +63,7 @@ def main(study: Study, place: Place) -> Table | None:
     for other in study.fullest(place):
         known = study.lines(other)
         for name, each in _shown(other, known, "beside"):
-            tests = study.above_nothing(other, each.null) if each.null else {}
+            tests = to_nothing(other, each.null, study.seed) if each.null else {}
             columns.append(_told(known, other, name, each, tests))
             used += [other] if other not in used else []
     caption = " ".join(f"{study.titles[each.number]}: {each.whole.items} items ({each.about})." for each in used)
