@@ -15,13 +15,13 @@ from kvist.demo.model import load
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import contender
 from kvist.evaluate.generation import Prompt, generate
+from kvist.evaluate.measures import grid
 from kvist.evaluate.questions import KINDS, draw
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
 from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
-from kvist.report.plots import grid
 
 EXACT = [contender("exact")]
 

@@ -8,11 +8,9 @@ import pytest
 from rows import row, write
 
 from kvist.evaluate.registry import kind_of
-from kvist.evaluate.statistics import Estimate
 from kvist.report import study
 from kvist.report.load import load
 from kvist.report.look import look, number, order
-from kvist.report.plots import best
 from kvist.report.sentences import verdict
 from kvist.report.study import contrasts, judged, lines, to_exact, to_nothing
 from kvist.report.tables import main, scores
@@ -69,13 +67,12 @@ def test_the_seed_reaches_the_tests(group):
     assert of[0]["same"].baseline != of[5]["same"].baseline and of[0]["same"].baseline.p != of[5]["same"].baseline.p
 
 
-def test_the_frontier_of_points_against_all_pairs():
-    random = np.random.default_rng(3)
-    points = [(str(i), float(x), Estimate(float(y), None, None)) for i, (x, y) in enumerate(random.random((40, 2)))]
-    beaten = {
-        a[0] for a, b in itertools.permutations(points, 2) if b[1] <= a[1] and b[2].value <= a[2].value and a != b
-    }
-    assert {name for name, *_ in best(points)} == {name for name, *_ in points} - beaten
+def test_the_frontier_against_all_pairs(tmp_path):
+    points = {str(i): tuple(map(float, pair)) for i, pair in enumerate(np.random.default_rng(3).random((40, 2)))}
+    made = [row("fidelity", name, {"kl": [y]}, bits=x) for name, (x, y) in points.items()]
+    (group,) = load(write(tmp_path / "r.jsonl", made))
+    beaten = {a for a, b in itertools.permutations(points, 2) if all(np.less(points[b], points[a]))}
+    assert {name for name, line in lines(group, "0").items() if line.frontier} == set(points) - beaten
 
 
 def test_answers_against_exact(tmp_path):

@@ -7,6 +7,8 @@ own words, so that the command line and the report need not know the task.
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from kvist.evaluate.statistics import Estimate, mean
 
 Values = Mapping[str, list]
@@ -77,6 +79,16 @@ class Maps(NamedTuple):
 
 
 Figure = Curves | Dots | Maps
+
+
+def grid(values: Values) -> tuple[list[int], list[float | None], np.ndarray]:
+    """Lengths, depths, and the mean score at each (depths, lengths); NaN where nothing was asked."""
+    found: dict[tuple, list[float]] = {}
+    for length, depth, score in zip(values["length"], values["depth"], values["score"], strict=True):
+        found.setdefault((depth, length), []).append(score)
+    lengths = sorted({length for _, length in found})
+    depths = sorted({depth for depth, _ in found}, key=lambda depth: -1 if depth is None else depth)
+    return lengths, depths, np.array([[np.mean(found.get((d, n), [np.nan])) for n in lengths] for d in depths])
 
 
 def average(name: str, word: str = "", why: str = "", **more: Any) -> Statistic:

@@ -13,7 +13,7 @@ from kvist.evaluate.measures import Curves, Dots, Maps, Section
 from kvist.evaluate.registry import Kind, kind_of, kinds
 from kvist.evaluate.statistics import Estimate, mean, means
 from kvist.report import canvas, plots
-from kvist.report.load import EXACT, Entry, Group, Place
+from kvist.report.load import EXACT, Group, Place
 from kvist.report.look import look
 from kvist.report.plots import Column, Panel
 from kvist.report.study import KL, SCORE, Study, floor_of, judged
@@ -57,20 +57,20 @@ def frontier(study: Study, places: Sequence[Place]) -> tuple[Any, tuple[int, ...
 
 
 def _divergence(study: Study, group: Group) -> Panel:
-    points = [(line.method, line.bits, line.of(KL)) for line in study.lines(group, KL).values()]
-    points = [point for point in points if point[0] != EXACT and point[2].value > 0]
+    known = [line for name, line in study.lines(group, KL).items() if name != EXACT and line.of(KL).value > 0]
+    points = [(line.method, line.bits, line.of(KL), line.frontier) for line in known]
     floor = floor_of(group)
     band, unit = floor and Estimate.alone(floor), "KL from the exact cache, nats"
     return Panel(f"{group.place}: {group.task}", unit, points, band, "what rounding alone does", True)
 
 
 def _missed(study: Study, group: Group) -> Panel:
-    found = {line.method: (line.bits, line.of(SCORE)) for line in study.lines(group, SCORE).values()}
-    ends = {name: [None if end is None else 1 - end for end in (x[0], x[2], x[1])] for name, (_, x) in found.items()}
-    missed = {name: Estimate(*each) for name, each in ends.items()}
-    points = [(name, bits, missed[name]) for name, (bits, _) in found.items() if name != EXACT]
-    title = f"{group.place}: {group.task}"
-    return Panel(title, "share of answers missed", points, missed.get(EXACT), "exact cache", False)
+    lines = study.lines(group, SCORE)
+    ends = {name: [None if end is None else 1 - end for end in line.of(SCORE)] for name, line in lines.items()}
+    missed = {name: Estimate(value or 0.0, low, high) for name, (value, high, low) in ends.items()}
+    points = [(name, line.bits, missed[name], line.frontier) for name, line in lines.items() if name != EXACT]
+    floor = missed.get(EXACT)
+    return Panel(f"{group.place}: {group.task}", "share of answers missed", points, floor, "exact cache", False)
 
 
 def _pareto(study: Study) -> Iterator[Figure]:
@@ -152,10 +152,8 @@ def _memory(study: Study) -> Iterator[Figure]:
             lengths = set(row.values.get("length", [row.settings.get("seqlen")]))
             if len(lengths) == 1 and None not in lengths:
                 bits.setdefault(lengths.pop(), {}).setdefault(row.method, []).append(row.bits)
-        known = {
-            n: {m: {"": Estimate.alone(float(np.mean(x)))} for m, x in bits[n].items()}
-            for n in sorted(bits)[-MOST_SIZES:]
-        }
+        mean_of = {n: {m: {"": Estimate.alone(float(np.mean(x)))} for m, x in each.items()} for n, each in bits.items()}
+        known = {n: mean_of[n] for n in sorted(bits)[-MOST_SIZES:]}
         if known:
             figure = plots.dots([Column(f"{n:,} tokens", x) for n, x in known.items()], "bits per cached number", False)
             title = f"Stored bits: {place.name} ({place.dtype})"
@@ -163,12 +161,13 @@ def _memory(study: Study) -> Iterator[Figure]:
 
 
 def _cost(study: Study) -> Iterator[Figure]:
-    def ms(entry: Entry) -> Estimate:
-        return mean([1000 * row.seconds / sum(row.values["tokens"]) for row in entry.cell.rows], study.seed)
-
-    bases = [group for place in study.places if (group := study.divergence(place))]
-    bases = [group for group in bases if all("tokens" in entry.cell.values for entry in group.whole.methods)]
-    drawn = [(Column(str(g.place), {e.method: {"": ms(e)} for e in g.whole.methods}), g) for g in bases]
+    drawn: list[tuple[Column, Group]] = []
+    for group in (group for place in study.places if (group := study.divergence(place))):
+        rows = {entry.method: entry.cell.rows for entry in group.whole.methods}
+        if all("tokens" in some[0].values for some in rows.values()):
+            ms = {m: [1000 * row.seconds / sum(row.values["tokens"]) for row in some] for m, some in rows.items()}
+            values = {method: {"": mean(each, study.seed)} for method, each in ms.items()}
+            drawn.append((Column(str(group.place), values), group))
     yield from _dots("cost", SPEED, "Time per scored token", drawn, "ms per token")
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from kvist.evaluate.results import Cell, Row, contents, rows_of
 
-PATTERNS = ("*.jsonl", "*.jsonl.xz")
 FLOOR = "floor: "
 EXACT = "exact"
 
@@ -59,9 +58,8 @@ class Entry:
         """As "file:3-10, other:4"."""
         found = []
         for file, lines in groupby(self.lines, lambda line: line[0]):
-            numbers = [number for _, number in lines]
-            runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-            spans = [(run[0][1], run[-1][1]) for run in runs]
+            runs = groupby(enumerate(number for _, number in lines), lambda pair: pair[1] - pair[0])
+            spans = [(run[0][1], run[-1][1]) for run in (list(each) for _, each in runs)]
             found.append(f"{file}:" + ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans))
         return ", ".join(found)
 
@@ -95,10 +93,6 @@ class Group:
         return [entry for entry in self.entries if not entry.floor]
 
     @property
-    def exact(self) -> Entry | None:
-        return next((entry for entry in self.entries if entry.method == EXACT and entry.part == "both"), None)
-
-    @property
     def items(self) -> int:
         return len(self.entries[0].cell.items) if self.entries else 0
 
@@ -111,6 +105,11 @@ class Group:
         """Its settings in words."""
         known = {name: value for name, value in self.settings.items() if value not in (None, [], "", False)}
         return ", ".join(f"{name} {_short(value)}" for name, value in known.items())
+
+    def same(self, other: "Group") -> bool:
+        """Whether groups of different files measure the same items the same way."""
+        mine, theirs = ((g.place, g.task, g.settings, g.entries[0].cell.first.metric) for g in (self, other))
+        return mine == theirs
 
     def _common(self, entries: Sequence[Entry]) -> "Group":
         if not entries:
@@ -129,7 +128,7 @@ def load(source: str | Path) -> list[Group]:
     source = Path(source)
     if not source.exists():
         raise ValueError(f"expected a folder with results of `kvist eval --out`, found nothing at {source}")
-    files = [source] if source.is_file() else sorted({path for one in PATTERNS for path in source.glob(one)})
+    files = [source] if source.is_file() else sorted([*source.glob("*.jsonl"), *source.glob("*.jsonl.xz")])
     found: dict[str, dict[tuple[str, str], list[tuple[Row, str, int]]]] = {}
     for file in files:
         # the last line is empty, or torn: a run may be writing it

@@ -16,7 +16,6 @@ from kvist.report.tables import Table, apart, main, others, scores
 
 TABLES, SCORES = Section("tables", "The numbers"), Section("scores", "Answers")
 OTHERS, GATES = Section("others", "Measured in other ways"), Section("gates", "Are the ports faithful?")
-Part = Figure | Table | str
 
 
 def page(study: Study) -> str:
@@ -31,7 +30,6 @@ def page(study: Study) -> str:
         recipes={entry.cell.first.digest: entry for group in study.groups[::-1] for entry in group.entries[::-1]},
         models=list(dict.fromkeys(f"{group.place.model} ({group.place.dtype})" for group in study.groups)),
         version=__version__,
-        gates=_gates(study),
         json=json.dumps,
         look=look,
         number=number,
@@ -61,11 +59,7 @@ def anchor(digest: str) -> str:
     return "recipe-" + "".join(c if c.isalnum() else "-" for c in digest)
 
 
-def _gates(study: Study) -> list:
-    return [gate for _, report in study.benches if isinstance(report, Gates) for gate in report.rows]
-
-
-def _parts(study: Study) -> dict[Section, list[Part]]:
+def _parts(study: Study) -> dict[Section, list[Figure | Table | str]]:
     """Sections that have something to show, with their figures, tables and sentences in order."""
     found: dict[Section, list] = {each: [] for each in (PARETO, TABLES, SCORES, *sections(), OTHERS, SPEED, GATES)}
     for figure in figures(study):
@@ -79,5 +73,5 @@ def _parts(study: Study) -> dict[Section, list[Part]]:
             if (table := apart(study, group)) and (section := kind_of(group.task).section):
                 found[section].append(table)
         found[OTHERS] += others(study, place)
-    found[GATES] = _gates(study)
+    found[GATES] = [gate for _, report in study.benches if isinstance(report, Gates) for gate in report.rows]
     return {section: items for section, items in found.items() if items}

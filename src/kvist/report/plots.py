@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvist.evaluate.measures import grid
 from kvist.evaluate.statistics import Estimate
 from kvist.report.canvas import BAND, FAINT, PAPER, SOFT, blank, plain_ticks, style
 from kvist.report.look import INK, look, order
@@ -13,16 +14,15 @@ from kvist.report.look import INK, look, order
 LEAST = 1e-12  # nothing smaller is drawn on a logarithmic axis
 STYLES = (("", "o"), ("#2b7bba", "^"), ("#d1603d", "s"), ("#2f9e77", "D"))  # of kinds of dots; "": the method's colour
 NOTE = {"fontsize": 7.5, "color": SOFT}
-Points = Sequence[tuple[str, float, Estimate]]  # a method, its bits and its estimate
 
 
 class Panel(NamedTuple):
-    """Quality against bits. title; unit: of y, less is better; floor: y up to which nothing is known (rounding, for KL)
-    or what the exact cache itself does; note: what the floor is; log: y."""
+    """Quality against bits. title; unit: of y, less is better; points: a method, its bits, its estimate, whether it is
+    on the frontier; floor: y up to which nothing is known, or what the exact cache does; note: which; log: y."""
 
     title: str
     unit: str
-    points: Points
+    points: Sequence[tuple[str, float, Estimate, bool]]
     floor: Estimate | None
     note: str
     log: bool
@@ -36,15 +36,6 @@ class Column(NamedTuple):
     values: Mapping[str, Mapping[str, Estimate]]
     floor: float | None = None
     real: Sequence[str] = ()
-
-
-def best(points: Points) -> list[tuple[str, float, Estimate]]:
-    """The frontier: those that are better than all cheaper ones, by rising bits."""
-    found: list[tuple[str, float, Estimate]] = []
-    for point in sorted(points, key=lambda point: (point[1], point[2].value)):
-        if not found or point[2].value < found[-1][2].value:
-            found.append(point)
-    return found
 
 
 def frontiers(rows: Sequence[Sequence[Panel]]):
@@ -78,10 +69,10 @@ def _points(ax, panel: Panel) -> None:
     ax.set(title=panel.title, xlabel="allocated bits per cached number", ylabel=panel.unit)
     if panel.log:
         ax.set_yscale("log")
-    line = best(panel.points)
-    ax.plot([x for _, x, _ in line], [y.value for *_, y in line], color=FAINT, linewidth=5, alpha=0.55, zorder=1)
+    best = sorted((x, y.value) for _, x, y, frontier in panel.points if frontier)
+    ax.plot([x for x, _ in best], [y for _, y in best], color=FAINT, linewidth=5, alpha=0.55, zorder=1)
     families: dict[str, list] = {}
-    for name, x, y in sorted(panel.points, key=lambda point: order(point[0])):
+    for name, x, y, _ in sorted(panel.points, key=lambda point: order(point[0])):
         seen = look(name)
         low, high = (y.value, y.value) if y.low is None or y.high is None else (y.low, y.high)
         ax.plot([x, x], [low, high], color=seen.colour, linewidth=1.1, zorder=3)
@@ -97,7 +88,7 @@ def _points(ax, panel: Panel) -> None:
 
 def _scale(ax, panel: Panel, beside: Sequence[Panel]) -> None:
     """The same for all conditions of a quality; below, the band of what is not known."""
-    every = [(x, y) for each in beside for _, x, y in each.points]
+    every = [(x, y) for each in beside for _, x, y, _ in each.points]
     low = [y.value for _, y in every] + [each.floor.value for each in beside if each.floor]
     high, bits = max(y.value if y.high is None else y.high for _, y in every), [x for x, _ in every]
     pad, least = 0.06 * (max(bits) - min(bits)) + 0.1, min((y for y in low if y > 0), default=1e-6)
@@ -119,8 +110,8 @@ def _label(ax, panel: Panel) -> None:
     from adjustText import adjust_text
     from matplotlib.transforms import Bbox
 
-    at = {name: ax.transData.transform((x, y.value)) for name, x, y in panel.points}
-    data = {name: (x, y.value) for name, x, y in panel.points}
+    at = {name: ax.transData.transform((x, y.value)) for name, x, y, _ in panel.points}
+    data = {name: (x, y.value) for name, x, y, _ in panel.points}
     room = {name: min((math.dist(at[name], at[other]) for other in at if other != name), default=0) for name in at}
     chosen: dict[str, str] = {}
     for name in sorted(at, key=lambda name: room[name]):
@@ -131,7 +122,7 @@ def _label(ax, panel: Panel) -> None:
     boxes = [note.get_window_extent() for note in ax.texts if note.get_text() == panel.note]
     disc = 6 * ax.figure.dpi / 72
     boxes += [Bbox([(x - disc, y - disc), (x + disc, y + disc)]) for x, y in at.values()]
-    for _, bits, y in panel.points:
+    for _, bits, y, _ in panel.points:
         if y.low is not None and y.high is not None:
             low, high = ax.transData.transform([(bits, max(y.low, LEAST) if panel.log else y.low), (bits, y.high)])
             boxes.append(Bbox([low - 1, high + 1]))
@@ -163,14 +154,19 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
                 ax.axhspan(low, floor, color=BAND, zorder=0, linewidth=0)
             ax.set_title(family, color=look(own[0]).colour)
             # one line with gaps: the page stays small
-            behind = [y for name in lines if name not in own for y in (*_positive(lines[name]), math.nan)]
+            behind = [
+                y
+                for name in lines
+                if name not in own
+                for y in (*np.maximum([y.value for y in lines[name]], LEAST), math.nan)
+            ]
             ax.plot([*x, math.nan] * (len(lines) - len(own)), behind, color=FAINT, linewidth=0.6, alpha=0.6, zorder=1)
             for method in own:
                 colour, digit, line = look(method).colour, look(method).digit, lines[method]
                 low_, high_ = ([max(end or LEAST, LEAST) for end in ends] for ends in list(zip(*line, strict=True))[1:])
                 ax.fill_between(x, low_, high_, where=[y.low is not None for y in line], color=colour, alpha=0.18, lw=0)
                 dash = {"linestyle": "-" if digit else (0, (3, 1.5)), "marker": "o" if len(x) < 8 else None, "ms": 2.5}
-                ax.plot(x, _positive(line), color=colour, linewidth=1.4, zorder=3, **dash)
+                ax.plot(x, np.maximum([y.value for y in line], LEAST), color=colour, linewidth=1.4, zorder=3, **dash)
             _ends(ax, x, {method: lines[method] for method in own}, 0.085 * math.log(high / low))
         if floor:
             every[0, 0].text(x[0], floor, "rounding", va="bottom", **NOTE)
@@ -184,7 +180,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[Estimate]], floor: f
 def _ends(ax, x, own: Mapping[str, Sequence[Estimate]], room: float) -> None:
     """Bits at the lines' ends, `room` apart; a variant's words inside the panel, below the title."""
     last, words = -math.inf, [look(method) for method in own if not look(method).digit]
-    for y, method in sorted((math.log(_positive(own[m])[-1]), m) for m in own if look(m).digit):
+    for y, method in sorted((math.log(max(own[m][-1].value, LEAST)), m) for m in own if look(m).digit):
         last, seen = max(y, last + room), look(method)
         bold = {"fontsize": 8, "fontweight": "bold", "color": seen.colour, "va": "center_baseline"}
         ax.annotate(seen.digit, (x[-1], math.exp(last)), (4, 0), textcoords="offset points", **bold)
@@ -194,20 +190,16 @@ def _ends(ax, x, own: Mapping[str, Sequence[Estimate]], room: float) -> None:
         ax.text(0.98, 0.97, f"- -  {said}", transform=ax.transAxes, ha="right", va="top", **NOTE)
 
 
-def _positive(line: Sequence[Estimate]) -> list[float]:
-    return [max(y.value, LEAST) for y in line]
-
-
 def dots(columns: Sequence[Column], xlabel: str, log: bool = True, methods: Sequence[str] = ()):
     """A line per method, in this order or by their first known values, a column per condition, all on one scale: dots
     with whiskers, to be compared down and across."""
-    first = {name: next(iter(each.values())).value for column in columns[::-1] for name, each in column.values.items()}
+    rows = [(name, each) for column in columns for name, each in column.values.items()]
+    first = {name: next(iter(each.values())).value for name, each in reversed(rows)}
     methods = methods or sorted(first, key=lambda name: first[name])
-    kinds = list(dict.fromkeys(kind for column in columns for each in column.values.values() for kind in each))
-    every = [each for column in columns for dots in column.values.values() for each in dots.values()]
-    floors = [column.floor for column in columns if column.floor]
-    values = [y for each in every for y in each if y is not None and (y > LEAST or not log)]
-    low, high = min([*values, *floors], default=0.1), max([*values, *floors], default=1.0)
+    kinds = list(dict.fromkeys(kind for _, each in rows for kind in each))
+    values = [column.floor for column in columns if column.floor]
+    values += [y for _, row in rows for x in row.values() for y in x if y is not None and (y > LEAST or not log)]
+    low, high = min(values, default=0.1), max(values, default=1.0)
     low, high = (low / 1.4, high * 1.4) if log else (min(0, low), high + (0.06 * (high - min(0, low)) or 1.0))
     with style():
         figure = blank(1.6 + 2.75 * len(columns), 0.205 * len(methods) + 0.95)
@@ -281,13 +273,3 @@ def maps(panels: Sequence[tuple[str, str, Mapping[str, list]]], across: int):
             ax.grid(False)
             ax.spines[:].set_visible(False)
     return figure
-
-
-def grid(values: Mapping[str, list]) -> tuple[list[int], list[float | None], np.ndarray]:
-    """Lengths, depths, and the mean score at each (depths, lengths); NaN where nothing was asked."""
-    found: dict[tuple, list[float]] = {}
-    for length, depth, score in zip(values["length"], values["depth"], values["score"], strict=True):
-        found.setdefault((depth, length), []).append(score)
-    lengths = sorted({length for _, length in found})
-    depths = sorted({depth for depth, _ in found}, key=lambda depth: -1 if depth is None else depth)
-    return lengths, depths, np.array([[np.mean(found.get((d, n), [np.nan])) for n in lengths] for d in depths])

@@ -1,13 +1,13 @@
 """What the numbers say, in sentences: of a study, and of two methods or two runs of one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvist.evaluate.measures import Compared
 from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate, difference, holm, mean, paired_p
-from kvist.report.load import EXACT, Entry, Group, Place, load, titles
+from kvist.report.load import EXACT, Place, load, titles
 from kvist.report.look import interval, number
 from kvist.report.study import ALPHA, KL, SCORE, Study, compared, numbers, primary, said_p, to_nothing
 
@@ -29,7 +29,7 @@ def measured(study: Study) -> str:
     conditions = _listed(list(dict.fromkeys(place.condition for place in study.places)))
     tasks = _listed(list(dict.fromkeys(group.task for group in study.groups)))
     beside = " beside the exact cache" if EXACT in study.methods else ""
-    return f"{_count(len(others), 'method')}{beside}, on {models}, {conditions}: {tasks}."
+    return f"{len(others)} method{'s' * (len(others) != 1)}{beside}, on {models}, {conditions}: {tasks}."
 
 
 def frontier(study: Study, place: Place, named: bool = False) -> str:
@@ -57,8 +57,7 @@ def frontier(study: Study, place: Place, named: bool = False) -> str:
     elif real == len(tested):
         end = "; each step is a real improvement" if len(tested) > 1 else "; the step is a real improvement"
     else:
-        end = f"; {real} of its {_count(len(tested), 'step')} {'is a' if real == 1 else 'are'} real improvement"
-        end += "" if real == 1 else "s"
+        end = f"; {real} of its {len(tested)} steps {'is a real improvement' if real == 1 else 'are real improvements'}"
     return (lead if named else lead[0].upper() + lead[1:]) + end + "."
 
 
@@ -125,13 +124,6 @@ def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else "nothing"
 
 
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}" + ("" if n == 1 else "s")
-
-
-Pair = tuple[Group, Entry, Entry]
-
-
 class Comparison(NamedTuple):
     """Two contenders on the common items of one task; p is corrected for the number of comparisons beside it."""
 
@@ -161,19 +153,17 @@ class Comparison(NamedTuple):
         if not self.real:
             few = f"; {self.items} items are too few to show one" if self.items < TOO_FEW else ""
             return f"{where}no difference between {self.a} and {self.b} is shown ({self.by.words}: {known}){few}."
-        lower = self.difference.value < 0
-        return (
-            f"{where}{self.a} is really {'better' if lower == self.by.lower else 'worse'} than {self.b}: "
-            f"{self.by.words} that is {'lower' if lower else 'higher'} ({known}), at {self.bits[0]:.2f} against "
-            f"{self.bits[1]:.2f} bits."
-        )
+        lower, bits = self.difference.value < 0, "{:.2f} against {:.2f} bits".format(*self.bits)
+        good, way = "better" if lower == self.by.lower else "worse", "lower" if lower else "higher"
+        said = f"{where}{self.a} is really {good} than {self.b}: {self.by.words} that is {way} ({known})"
+        return f"{said}, at {bits}."
 
     @property
     def data(self) -> dict[str, Any]:
         """As JSON."""
-        found = {name: getattr(self, name) for name in ("task", "place", "a", "b", "statistic", "items", "p", "real")}
-        numbers = {"bits": list(self.bits), "means": [each._asdict() for each in self.means]}
-        return found | numbers | {"difference": self.difference._asdict(), "sentence": self.sentence}
+        named = {"means": [each._asdict() for each in self.means], "difference": self.difference._asdict()}
+        found = self._asdict() | named | {"real": self.real, "sentence": self.sentence}
+        return {name: value for name, value in found.items() if name != "by"}
 
 
 def methods(a: str, b: str, source: str | Path, seed: int = 0) -> list[Comparison]:
@@ -195,21 +185,20 @@ def runs(a: str | Path, b: str | Path, seed: int = 0) -> list[Comparison]:
     """Two results files or folders: the one method of each, or else every method that both have, run against run.
     Raises ValueError where there is nothing to pair."""
     first, second = load(a), load(b)
-    only, pairs = [_only(groups) for groups in (first, second)], list[Pair]()
-    for group, other in ((x, y) for x in first for y in second if _kind(x) == _kind(y)):
+    every = [
+        {e.method for g in groups for e in g.entries if e.method != EXACT and not e.floor} for groups in (first, second)
+    ]
+    alone, pairs = [(names.pop(), "both") for names in every] if {1} == set(map(len, every)) else [], []
+    for group, other in ((x, y) for x in first for y in second if x.same(y)):
         mine, theirs = ({(e.method, e.part): e for e in each.entries} for each in (group, other))
-        if only[0] and only[1]:
-            both = [((only[0], "both"), (only[1], "both"))]
-        else:
-            both = [(key, key) for key, e in mine.items() if e.method != EXACT and not e.floor]
+        both = [alone] if alone else [(key, key) for key, e in mine.items() if e.method != EXACT and not e.floor]
         pairs += [(group, mine[x], theirs[y]) for x, y in both if x in mine and y in theirs]
     names = [Path(a).name, Path(b).name]
     return _compared(pairs, titles(first), f"{a} and {b}", seed, names if names[0] != names[1] else [str(a), str(b)])
 
 
-def _compared(
-    pairs: Iterable[Pair], titles: dict[int, str], what: str, seed: int, files: Sequence[str] = ()
-) -> list[Comparison]:
+def _compared(pairs, titles: dict[int, str], what: str, seed: int, files: Sequence[str] = ()) -> list[Comparison]:
+    """Of groups with two entries each, those with common items."""
     found = []
     for group, *both in pairs:
         common, name = set.intersection(*(set(e.cell.items) for e in both)), primary(group)
@@ -224,14 +213,3 @@ def _compared(
     if not found:
         raise ValueError(f"{what} were measured on no common item of any task; run `kvist eval` with both")
     return [each._replace(p=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
-
-
-def _only(groups: Sequence[Group]) -> str | None:
-    """The one method beside the exact cache and the floors, if it is one."""
-    others = {e.method for group in groups for e in group.entries if e.method != EXACT and not e.floor}
-    return others.pop() if len(others) == 1 else None
-
-
-def _kind(group: Group) -> tuple:
-    """What groups of different files that measure the same items the same way have in common."""
-    return group.place, group.task, group.settings, group.entries[0].cell.first.metric

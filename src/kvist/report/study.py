@@ -104,8 +104,9 @@ def judged(pairs: Mapping[str, tuple[str, Sequence, Sequence]], seed=0, lower: b
 
 def to_exact(group: Group, seed: int = 0) -> dict[str, Contrast]:
     """Each method's answers against those of the exact cache; empty where that was not measured."""
-    exact, others = group.whole.exact, [entry for entry in group.whole.methods if entry.method != EXACT]
-    return contrasts([(entry, exact) for entry in others], SCORE, seed) if exact else {}
+    known = {entry.method: entry for entry in group.whole.methods}
+    exact = known.pop(EXACT, None)
+    return contrasts([(entry, exact) for entry in known.values()], SCORE, seed) if exact else {}
 
 
 def to_nothing(group: Group, numbers: Numbers, seed: int = 0) -> dict[str, Contrast]:
@@ -152,7 +153,6 @@ class Study:
 
     @cached_property
     def titles(self) -> dict[int, str]:
-        """What each group is called, by its number."""
         return titles(self.groups)
 
     @cached_property
@@ -223,7 +223,7 @@ def read(source: str | Path, baseline: str | None = None, seed: int = 0) -> Stud
     if len(study.methods) < 2:
         found = ", ".join(study.methods) or "none"
         raise ValueError(
-            f"a report compares methods, found {found} alone in {source}; measure another with `kvist eval -m`"
+            f"a report compares methods, found {found} alone in {source}; `kvist eval -m` measures another"
         )
     if baseline is not None and baseline not in study.methods:
         raise ValueError(f"--baseline is one of {', '.join(study.methods)}, found {baseline!r}")
