@@ -11,6 +11,7 @@ from kvist.cli.show import Json, check_plot
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Measure the kernels; `make gpu` measures all that wants a GPU.",
