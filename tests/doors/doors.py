@@ -31,7 +31,7 @@ from kvist.allocation import Allocation, rules  # noqa: E402
 from kvist.artifact import JSON, TENSORS, Artifact, Origin  # noqa: E402
 from kvist.calibrate import published  # noqa: E402
 from kvist.calibrate.profile import Changes, Norms, Profile  # noqa: E402
-from kvist.evaluate.summary import statistics  # noqa: E402
+from kvist.evaluate.registry import kind_of  # noqa: E402
 from kvist.methods import kvquant  # noqa: E402
 from kvist.models import gguf_header  # noqa: E402
 from kvist.models.adapter import describe  # noqa: E402
@@ -172,7 +172,7 @@ def use_results(path: Path) -> None:
         assert group.about is not None and group.whole
         for entry in group.entries:
             assert entry.source
-            statistics(entry.cell, 0)
+            kind_of(entry.cell).tell(entry.cell)
 
 
 def write_results(path: Path) -> None:
