@@ -70,8 +70,8 @@ class Cache(TransformersCache):
             for i, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
-        self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
         self.guard = Guard(self.layers, kinds, make)
+        self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
         self._odd_step: Tensor | None = None
         self.steps: Steps | None = None  # while decode steps are captured, see `graph`
         self.upcoming: list[int] = []  # the position of each row's next token
