@@ -34,8 +34,10 @@ def test_what_is_saved_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "where"),
     [
-        (ROW | {"median ms": float("nan")}, "rows 0 median ms: .* found 'nan'"),
-        (ROW | {"median ms": -1.0}, "rows 0 median ms"),
+        (ROW | {"median ms": float("nan")}, "it has the number NaN"),
+        (ROW | {"median ms": -1.0}, "rows 0 median ms: .* found '-1.0'"),
+        (ROW | {"median ms": 1e300}, "rows 0 median ms"),
+        (ROW | {"tokens": -64}, "rows 0 tokens"),
         (ROW | {"speed": 3}, "rows 0 speed"),
         ({"contender": "a"}, "rows 0 tokens"),
     ],

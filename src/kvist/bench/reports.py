@@ -5,16 +5,19 @@ another, are nothing of ours.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
+from kvist import stranger
 from kvist.atomic import replacing
 from kvist.types import Part
 
-Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0, lt=1e18, allow_inf_nan=False)]
 Maybe = Number | None
+OURS = re.compile(rb'\s*\{\s*"bench"\s*:\s*"(\w{1,40})"')
 Machine = dict[str, str | int | float | bool | None]
 
 
@@ -27,7 +30,7 @@ class Columns(Part):
 class DecodeRow(Columns):
     """A contender at a length: milliseconds per step, or why there are none."""
 
-    tokens: int
+    tokens: PositiveInt
     contender: str
     median_ms: Maybe = Field(None, alias="median ms")
     p10_ms: Maybe = Field(None, alias="p10 ms")
@@ -54,7 +57,7 @@ class ThroughputRow(Columns):
 
     contender: str
     method: str
-    batch: int
+    batch: PositiveInt
     predicted_bytes: Maybe = Field(None, alias="predicted bytes")
     predicted_by: str = Field("", alias="predicted by")
     speed: Maybe = Field(None, alias="tokens/s")
@@ -168,21 +171,23 @@ class Gates(Report):
 def load(path: Path) -> Report | None:
     """A report from a file; None for a file that is none of ours. ValueError where one of ours is damaged."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError):
+        text = stranger.read(path)
+    except ValueError:
         return None
-    kind = Report.known.get(str(data.get("bench"))) if isinstance(data, dict) else None
-    if kind is None:
-        return None
+    begun = OURS.match(text)
     try:
-        return TypeAdapter(kind).validate_python(data)
+        data = stranger.parse(text)
+        kind = Report.known.get(str(data.get("bench"))) if isinstance(data, dict) else None
+        return TypeAdapter(kind).validate_python(data) if kind else None
     except ValidationError as error:
         first = error.errors()[0]
-        where = " ".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{path} is a damaged report of `kvist bench`: {where}: {first['msg'].lower()}, found "
-            f"{str(first['input'])[:60]!r}; measure it again, or take the file away"
-        ) from None
+        where = stranger.printable(" ".join(map(str, first["loc"])))
+        reason = f"{where}: {first['msg'].lower()}, found {str(first['input'])[:60]!r}"
+    except ValueError as error:
+        if begun is None or begun[1].decode() not in Report.known:
+            return None
+        reason = str(error)
+    raise ValueError(f"{path} is a damaged report of `kvist bench`: {reason}; measure it again, or take the file away")
 
 
 def read_beside(folder: Path) -> list[tuple[str, Report]]:

@@ -136,7 +136,7 @@ def rescore(path: Path) -> Change:
 
 
 def _again(row: Row) -> Row:
-    again = kind_of(row.task).rescored if "prediction" in row.values else None
+    again = kind_of(row.task).rescored if {"prediction", "expected"} <= row.values.keys() else None
     return row.model_copy(update={"values": again(row.settings, row.values)}) if again else row
 
 
