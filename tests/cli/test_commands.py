@@ -167,10 +167,10 @@ def test_inspect_says_what_a_gpu_would_run_and_why_not(folder):
     assert kivi["kernel"] == kvquant["kernel"] == "triton.decode.decode"  # heads of 8
     assert kivi["encoder"] == "triton.codec.encode"
     assert kivi["captured"] == "triton.step.step"
-    reasons = "keys keep outliers; keys are stored before a rotary embedding; values keep outliers"
-    assert kvquant["captured"] == f"none: {reasons}"
+    reasons = "keys keep outliers, keys are stored before a rotary embedding, values keep outliers"
+    assert kvquant["captured"].startswith("none: ") and kvquant["captured"].endswith(f"triton: {reasons}")
     (on_cpu,) = data("inspect", folder)["methods"]
-    assert on_cpu["captured"].startswith("none: Triton's kernels run on GPUs")
+    assert on_cpu["captured"].startswith("none: ") and "triton: they run on GPUs" in on_cpu["captured"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
