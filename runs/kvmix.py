@@ -22,10 +22,11 @@ from kvist.calibrate.profile import SIDES, Profile, spearman
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.fidelity import Perplexity, Text
 from kvist.evaluate.results import Cell, Results, digest_of
-from kvist.evaluate.summary import summary
+from kvist.evaluate.suite import summary
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.fidelity import Perplexity
+from kvist.evaluate.windows import Text
 from kvist.methods import get, parse
 from kvist.models.inject import inject
 from kvist.models.projections import projections

@@ -20,10 +20,11 @@ from kvist.calibrate.state import State
 from kvist.coding import Table
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.fidelity import Perplexity, Text
 from kvist.evaluate.results import Cell, Results, digest_of
-from kvist.evaluate.summary import summary
+from kvist.evaluate.suite import summary
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.fidelity import Perplexity
+from kvist.evaluate.windows import Text
 from kvist.methods import parse
 from kvist.methods.kvquant import recipe
 from kvist.models.inject import inject

@@ -19,25 +19,30 @@ from pathlib import Path
 import torch
 
 from kvist.atomic import replacing, write_json
+from kvist.bench.reports import Gates
 from kvist.calibrate import budget, text
 from kvist.calibrate.run import calibrate
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import FOLDER
-from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.contenders import Contender, contender, floors, parted
-from kvist.evaluate.fidelity import Fidelity, Perplexity, Text
-from kvist.evaluate.gates import gates
-from kvist.evaluate.horizon import Horizon
-from kvist.evaluate.nuisance import Nuisance
-from kvist.evaluate.recall import Haystack, Recall
 from kvist.evaluate.results import Results
 from kvist.evaluate.statistics import difference
 from kvist.evaluate.task import Place, Task, run
+from kvist.evaluate.tasks.fidelity import Fidelity, Perplexity
+from kvist.evaluate.tasks.horizon import Horizon
+from kvist.evaluate.tasks.nuisance import Nuisance
+from kvist.evaluate.tasks.recall import Haystack, Recall
+from kvist.evaluate.windows import Text
 from kvist.methods import get, parse
 from kvist.methods.parts import per_token
 from kvist.models.inject import inject, rounded
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Immediate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from anatomy import anatomy, sentences
+from gates import gates
 
 HERE, OUT = Path(__file__).parent, Path("out/runs-leaderboard")
 REFERENCES = HERE.parent / "references"
@@ -241,7 +246,7 @@ def pack() -> None:
         with replacing(target / f"{path.name}.xz") as scratch:
             scratch.write_bytes(lzma.compress(path.read_bytes(), preset=9))
         found += filter(None, [_beside(path)])
-    write_json(target / "gates.json", found)
+    write_json(target / "gates.json", Gates(title="Are the ports faithful?", rows=found).data)
     anatomies = {path.parent.name: json.loads(path.read_text())["summary"] for path in OUT.glob("*/anatomy.json")}
     write_json(HERE / "anatomy.json", dict(sorted(anatomies.items())))
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from kvist.atomic import replacing
-from kvist.bench.stand_in import stand_in
 from kvist.bench.table import machine
 from kvist.cache.layer import Layer
 from kvist.cache.report import measure
 from kvist.cache.rows import Rows
 from kvist.methods import parse
+from kvist.testing.stand_in import stand_in
 from kvist.types import Geometry
 
 LLAMA_7B = {"layers": 32, "heads": 32, "dim": 128, "weights": 13.5e9}

@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from anatomy import anatomy, sentences
 from lessons import FIRST, THEN, Lessons
 from torch import nn
 from trainer import CHECKPOINT, Budget, Machine, Trainer
@@ -22,9 +23,8 @@ from kvist import __version__
 from kvist.atomic import write_json
 from kvist.calibrate.text import digest, sample, texts
 from kvist.cli.errors import Verbs
-from kvist.evaluate.anatomy import anatomy, sentences
 from kvist.evaluate.questions import KINDS, score
-from kvist.evaluate.recall import Haystack, Recall
+from kvist.evaluate.tasks.recall import Haystack, Recall
 
 TOKENIZER = Path(__file__).parents[1] / "src/kvist/demo/kvist-6m"
 LENGTHS, REST = (1000, 1900), 148  # tokens of contexts for recall; what is left for a question

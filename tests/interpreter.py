@@ -15,8 +15,6 @@ if find_spec("triton") and DEVICE == "cpu":
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         import triton.experimental.gluon  # noqa: F401
 
-        import kvist.bench.angles_triton
-        import kvist.bench.split_triton
         import kvist.kernels.triton.codec
         import kvist.kernels.triton.decode
         import kvist.kernels.triton.step  # noqa: F401

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from kvist.bench import generation, memory, throughput
-from kvist.bench.generation import Contender, Lengths, contenders, measure, prompts, speeds
+from kvist.bench.generation import Lengths, Racer, contenders, measure, prompts, speeds
 from kvist.cli.app import app
 from kvist.demo.model import FOLDER
 from kvist.methods import parse
@@ -34,7 +34,7 @@ def _unsettled(monkeypatch):
     monkeypatch.setattr(memory, "settle", lambda: None)
 
 
-def racer(name: str, method: str = "exact") -> Contender:
+def racer(name: str, method: str = "exact") -> Racer:
     """One of the contenders over the tiny model."""
     found = contenders(tiny_llama(), {method: parse(method)}, LENGTHS)
     return next(each for each in found if each.name == name)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, recipe
 from models_tiny import tiny_llama, unpadded
 
 import kvist
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import CASES, recipe
 from kvist.types import Geometry
 
 SHAPE = Geometry(2, 40, 40, torch.float32)

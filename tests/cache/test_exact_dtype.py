@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, recipe
 from models_tiny import tiny_llama, tokens
 
 import kvist
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import CASES, recipe
 
 PIECES = (150, 1, 40, 1, 1)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

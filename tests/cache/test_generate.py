@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import CASES, EACH, recipe
 from models_tiny import padded, tiny_llama, unpadded
 from oracle import OracleCache
 from shadow import ROUGH, Shadow, agree, compare, generating
 
 import kvist
+from kvist.testing.cases import CASES, EACH, recipe
 
 NEW = 40
 WAYS = ("attached", "sdpa")

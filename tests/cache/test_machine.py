@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import recipe
 from conftest import SEQUENCES
 from hypothesis import HealthCheck, Verbosity, settings
 from hypothesis import strategies as st
@@ -29,6 +28,7 @@ from shadow import same, same_attention, turn_further
 import kvist
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
+from kvist.testing.cases import recipe
 
 DIM = 40  # the last group along channels is shorter
 CASES = [

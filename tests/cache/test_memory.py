@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import CASES, EACH, recipe
 from models_tiny import llama_config, padded, sharpen, tiny_llama, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
@@ -12,6 +11,7 @@ from kvist.cache import visible
 from kvist.cache.handle import Handle
 from kvist.cache.view import View
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import CASES, EACH, recipe
 
 HEADS, QUERIES, DIM = 2, 8, 128
 SIXTEEN = 16 << 10

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import EACH, recipe
 from models_tiny import tiny_llama
 
 import kvist
+from kvist.testing.cases import EACH, recipe
 
 PACKED = [text for text in EACH if text != "exact"]
 

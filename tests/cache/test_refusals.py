@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import recipe
 from models_tiny import padded, tiny_llama, tokens, unpadded
 
 import kvist
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import recipe
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, EACH, recipe
 from models_tiny import padded, tiny_llama, tokens, unpadded
 from shadow import Spoken, compare, same
 
 import kvist
 from kvist.cache.handle import Handle
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import CASES, EACH, recipe
 
 
 def feeding(inputs, chunks, between=None):

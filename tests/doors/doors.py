@@ -29,9 +29,10 @@ import kvist  # noqa: E402
 from kvist import methods  # noqa: E402
 from kvist.allocation import Allocation, rules  # noqa: E402
 from kvist.artifact import JSON, TENSORS, Artifact, Origin  # noqa: E402
+from kvist.bench import reports  # noqa: E402
 from kvist.calibrate import published  # noqa: E402
 from kvist.calibrate.profile import Changes, Norms, Profile  # noqa: E402
-from kvist.evaluate.summary import statistics  # noqa: E402
+from kvist.evaluate.registry import kind_of  # noqa: E402
 from kvist.methods import kvquant  # noqa: E402
 from kvist.models import gguf_header  # noqa: E402
 from kvist.models.adapter import describe  # noqa: E402
@@ -172,11 +173,22 @@ def use_results(path: Path) -> None:
         assert group.about is not None and group.whole
         for entry in group.entries:
             assert entry.source
-            statistics(entry.cell, 0)
+            kind_of(entry.cell).tell(entry.cell)
 
 
 def write_results(path: Path) -> None:
     rows.write(path, rows.rows(methods=("exact", "kivi:2"), models=("kvist-6m",), stresses=("none",), items=3))
+
+
+def write_report(path: Path) -> None:
+    times = {"median ms": 1.5, "p10 ms": 1.0, "p90 ms": 2.0, "cache MiB": 3.0}
+    named = [{"tokens": n, "contender": name, **times} for n in (64, 128) for name in ("dynamic", "kvist kivi:2")]
+    reports.Decode(title="One step", machine={"threads": 2}, rows=named).save(path)
+
+
+def use_report(path: Path) -> None:
+    found = reports.load(path)
+    assert found is None or (found.look and all(found.look.size.format(size) for size in found.drawn))
 
 
 def write_packed(path: Path) -> None:
@@ -239,6 +251,7 @@ DOORS = {
         change_results,
         use_results,
     ),
+    "decode.json": Door(write_report, change_json, use_report),
     "quantizer.pickle": Door(
         lambda path: path.write_bytes(quantizers.unframed(quantizers.dump(quantizers.entries(items=5)))) and None,
         change_octets,

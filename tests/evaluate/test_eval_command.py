@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from kvist.cli.app import app
 from kvist.demo.model import FOLDER
-from kvist.evaluate.suite import TASKS, named
+from kvist.evaluate.registry import kinds
+from kvist.evaluate.suite import asked
 
 WORDS = "The old house stood by the river, and nobody had lived in it since the winter of the flood. "
 
@@ -43,17 +44,42 @@ def refused(*words: str) -> str:
 def test_help_and_tasks():
     assert "Examples" in CliRunner().invoke(app, ["eval", "--help"]).stdout
     listed = CliRunner().invoke(app, ["eval", "--list-tasks"]).stdout
-    assert all(name in listed for name in TASKS)
+    assert all(kind.title in listed and kind.words in listed for kind in kinds().values())
 
 
 def test_names_of_tasks():
-    assert named("fidelity, needle,fidelity") == ["fidelity", "needle"]
-    assert named("ppl,lm-eval:arc_easy,hellaswag,needle") == ["ppl", "lm-eval:arc_easy", "lm-eval:hellaswag", "needle"]
-    for wrong in ("riddles", "ppl,riddles", "lm-eval:NAME"):
+    def named(words: str) -> list[tuple[str, str]]:
+        return [(each.kind.name, each.of) for each in asked(words, {})]
+
+    assert named("fidelity, needle,fidelity") == [("fidelity", ""), ("needle", "")]
+    assert named("ppl,lm-eval:arc_easy,hellaswag,needle") == [
+        ("ppl", ""),
+        ("lm-eval", "arc_easy,hellaswag"),
+        ("needle", ""),
+    ]
+    assert named("longbench:qasper,longbench-e") == [("longbench", "qasper"), ("longbench-e", "")]
+    for wrong in ("riddles", "ppl,riddles", "lm-eval:NAME", "lm-eval", "ppl:x"):
         with pytest.raises(ValueError, match="no task is called"):
             named(wrong)
     with pytest.raises(ValueError, match="names of tasks"):
         named(" ,")
+
+
+def test_options_of_tasks():
+    """A task's own words win over what is said for all; a list goes on behind a comma."""
+    given = {"samples": 2, "depths": 7, "lengths": (64,), "mode": None, "step": 3}
+    needle, ppl, passkey = (each.options for each in asked("needle depths=3 lengths=1K,2K,ppl,passkey seed=5", given))
+    assert (needle.depths, needle.samples, needle.lengths, needle.seed) == (3, 2, (1024, 2048), 0)
+    assert (ppl.lengths, ppl.step, ppl.mode) == ((64,), 3, None) and (passkey.depths, passkey.seed) == (7, 5)
+    for words, said in (
+        ("needle shots=3", "needle has no option 'shots=3'; it has: .*depths"),
+        ("needle depths", "no option 'depths'"),
+        ("fidelity mode=streamed", "--mode is 'simulated' or 'stored', found 'streamed'"),
+        ("needle depths=some", "--depths is .*integer.*, found 'some'"),
+        ("needle lengths=some", "expected a number of tokens"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            asked(words, {})
 
 
 @pytest.mark.parametrize("mode", ["simulated", "stored"])

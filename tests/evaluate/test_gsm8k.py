@@ -9,9 +9,9 @@ import torch
 
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.gsm8k import GSM8K, rescored
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.gsm8k import GSM8K, rescored
 from kvist.methods import parse
 
 pytest.importorskip("lm_eval")
@@ -176,8 +176,8 @@ def test_bad_input_is_one_sentence(bundled, folder, tmp_path):
 
 
 def test_lm_eval_is_imported_late():
-    code = "import sys, kvist.evaluate, kvist.evaluate.gsm8k, kvist.evaluate.longbench, kvist.evaluate.harness, "
-    code += "kvist.cli.lm_eval; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, kvist.cli.lm_eval; from kvist.evaluate.tasks import gsm8k, harness, longbench; "
+    code += "sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from kvist.demo.model import load
-from kvist.evaluate import harness
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks import harness
 from kvist.methods import parse
 
 pytest.importorskip("lm_eval")

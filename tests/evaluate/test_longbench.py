@@ -8,9 +8,9 @@ import torch
 
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.longbench import PLAIN, LongBench, datasets, rescored
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.longbench import PLAIN, LongBench, datasets, rescored
 from kvist.methods import parse
 
 pytest.importorskip("lm_eval")

@@ -15,11 +15,11 @@ from kvist.demo.model import load
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import contender
 from kvist.evaluate.generation import Prompt, generate
-from kvist.evaluate.maps import grid
+from kvist.evaluate.measures import grid
 from kvist.evaluate.questions import KINDS, draw
-from kvist.evaluate.recall import Haystack, Recall, plant, rescored
 from kvist.evaluate.results import Results
 from kvist.evaluate.task import Place, run
+from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
 
@@ -116,7 +116,7 @@ def test_the_bundled_model_finds_a_needle(bundled, hay):
         (cell,) = run(task, Place.of(model), EXACT, Results())
         assert sum(cell.values["score"]) >= 3 and cell.values["length"] == [300, 300, 480, 480]
         assert rescored({}, cell.values) == cell.values
-        lengths, depths, scores = grid(cell)
+        lengths, depths, scores = grid(cell.values)
         assert (lengths, depths, scores.shape) == ([300, 480], [0.2, 0.8], (2, 2))
         assert scores.sum() == sum(cell.values["score"])
 

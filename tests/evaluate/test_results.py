@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from models_tiny import tiny_llama, tokens
 
 from kvist.evaluate.contenders import contender, floors
-from kvist.evaluate.fidelity import Perplexity, Text
 from kvist.evaluate.results import Cell, Results, Row, cell_of, described, digest_of
-from kvist.evaluate.summary import summary
+from kvist.evaluate.suite import summary
 from kvist.evaluate.task import Measured, Place, run, spread
+from kvist.evaluate.tasks.fidelity import Perplexity
+from kvist.evaluate.windows import Text
 from kvist.methods import parse
 from kvist.plan import Recipe
 

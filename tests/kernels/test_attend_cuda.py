@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvist.bench.stand_in import stand_in
 from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -22,6 +21,7 @@ from kvist.kernels.choose import choose
 from kvist.kernels.contract import Decode, Operation
 from kvist.kernels.cuda import attend as attend_cuda
 from kvist.methods import parse
+from kvist.testing.stand_in import stand_in
 from kvist.types import Geometry
 
 pytest.importorskip("cuda.bindings")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import recipe
 from interpreter import DEVICE
 from models_tiny import padded, tiny_llama, unpadded
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -10,6 +9,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import kvist
 from kvist.attention.captured import Captured
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import recipe
 
 STEPS = 4
 SETTINGS = {  # each packs something within these steps

@@ -5,9 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, recipe
 
-from kvist.bench.stand_in import stand_in
 from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
@@ -17,6 +15,8 @@ from kvist.kernels.triton import decode as decode_triton
 from kvist.kernels.triton import unpack as unpack_triton
 from kvist.methods import parse
 from kvist.methods.parts import per_channel
+from kvist.testing.cases import CASES, recipe
+from kvist.testing.stand_in import stand_in
 
 pytestmark = pytest.mark.usefixtures("device")
 ROUNDING = 4e-3  # of the largest output: operands are rounded to fp16, to 2^-11 each

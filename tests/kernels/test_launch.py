@@ -15,7 +15,7 @@ PROGRAM = """
 import json, sys
 from dataclasses import replace
 import torch
-from cases import recipe
+from kvist.testing.cases import recipe
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 

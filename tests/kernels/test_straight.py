@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import recipe
 from interpreter import DEVICE
 
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
+from kvist.testing.cases import recipe
 
 SETTINGS = [
     "kivi:2 recent=32",

@@ -170,13 +170,15 @@ def bench(folder: Path) -> None:
         for name, f in {"dynamic": 2e-3, "kvist kivi:2": 8e-4, "quanto:2": 2.6e-3}.items()
     ]  # fmt: skip
     machine = {"processor": "some CPU", "threads": 2, "torch": "2"}
-    (folder / "decode.json").write_text(json.dumps({"title": "One decode step", "machine": machine, "rows": decode}))
+    (folder / "decode.json").write_text(
+        json.dumps({"bench": "decode", "title": "One step", "machine": machine, "rows": decode})
+    )
     speed = [
         {"contender": name, "method": name, "batch": b, "tokens/s": f * b**0.5, "cache bytes": 2**20 * b}
         for b in (1, 2, 4)
         for name, f in {"dynamic, SDPA": 7.0, "kivi:2": 9.0}.items()
     ]  # fmt: skip
-    whole = {"title": "Generations", "machine": machine, "settings": {"memory bytes": 2**30}, "rows": speed}
+    whole = {"bench": "throughput", "title": "Generations", "machine": machine, "settings": {}, "rows": speed}
     (folder / "throughput.json").write_text(json.dumps(whole))
     gates = [{"gate": "int4: stored at once = stored in updates", "holds": True, "found": "0 of 99 numbers differ"}]
-    (folder / "gates.json").write_text(json.dumps(gates))
+    (folder / "gates.json").write_text(json.dumps({"bench": "gates", "rows": gates}))

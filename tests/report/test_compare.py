@@ -4,7 +4,7 @@ import pytest
 from rows import row, write
 
 from kvist.evaluate.statistics import holm, mcnemar
-from kvist.report.compare import methods, runs
+from kvist.report.sentences import methods, runs
 
 LEVELS = [0.1 * (1 + 0.01 * n) for n in range(12)]
 

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from rows import row, write
 
-from kvist.evaluate.statistics import Estimate
+from kvist.evaluate.registry import kind_of
 from kvist.report import study
-from kvist.report.contrast import contrasts, lines, to_exact
-from kvist.report.drift import accumulated, growing
 from kvist.report.load import load
 from kvist.report.look import look, number, order
-from kvist.report.pareto import frontier
+from kvist.report.sentences import verdict
+from kvist.report.study import contrasts, judged, lines, to_exact, to_nothing
 from kvist.report.tables import main, scores
-from kvist.report.verdict import verdict
 
 NOISE = np.random.default_rng(0).normal(0, 0.02, 16)
 
@@ -42,7 +40,7 @@ def group(tmp_path):
 
 
 def test_lines_by_hand(group):
-    found = {line.method: line for line in lines(group, "cheap")}
+    found = lines(group, "cheap")
     assert list(found) == ["cheap", "dear", "same", "good", "exact"]
     assert [line.method for line in found.values() if line.frontier] == ["cheap", "good", "exact"]
     verdicts = {name: (line.baseline and line.baseline.verdict) for name, line in found.items()}
@@ -57,13 +55,24 @@ def test_lines_by_hand(group):
     assert found["dear"].baseline.p == pytest.approx(3 / 20_001, rel=1.1) and found["same"].baseline.p > 0.3
 
 
-def test_the_frontier_of_points_against_all_pairs():
-    random = np.random.default_rng(3)
-    points = [(str(i), float(x), Estimate(float(y), None, None)) for i, (x, y) in enumerate(random.random((40, 2)))]
-    beaten = {
-        a[0] for a, b in itertools.permutations(points, 2) if b[1] <= a[1] and b[2].value <= a[2].value and a != b
-    }
-    assert {name for name, *_ in frontier(points)} == {name for name, *_ in points} - beaten
+def test_the_seed_reaches_the_tests(group):
+    """16 differences have more flips than are drawn: p and the ends of intervals follow the seed, of both columns."""
+    known = {entry.method: entry for entry in group.whole.entries}
+    pairs = [(known[name], known["cheap"]) for name in ("dear", "same", "good")]
+    of = {seed: lines(group, "cheap", seed) for seed in (0, 5)}
+    for seed, found in of.items():
+        expected = contrasts(pairs, "kl", seed)
+        assert {name: found[name].baseline for name in expected} == expected
+        assert {name: found[name].cheaper for name in expected} == expected
+    assert of[0]["same"].baseline != of[5]["same"].baseline and of[0]["same"].baseline.p != of[5]["same"].baseline.p
+
+
+def test_the_frontier_against_all_pairs(tmp_path):
+    points = {str(i): tuple(map(float, pair)) for i, pair in enumerate(np.random.default_rng(3).random((40, 2)))}
+    made = [row("fidelity", name, {"kl": [y]}, bits=x) for name, (x, y) in points.items()]
+    (group,) = load(write(tmp_path / "r.jsonl", made))
+    beaten = {a for a, b in itertools.permutations(points, 2) if all(np.less(points[b], points[a]))}
+    assert {name for name, line in lines(group, "0").items() if line.frontier} == set(points) - beaten
 
 
 def test_answers_against_exact(tmp_path):
@@ -97,7 +106,9 @@ def test_growth_and_what_accumulates(tmp_path):
     made = [row("horizon", "exact", horizon(0, 0)), row("horizon", "flat", horizon(0, 0))]
     made.append(row("horizon", "grows", horizon(0.5, 0.1)))
     (group,) = load(write(tmp_path / "r.jsonl", made))
-    growth, more = growing(group, 0), accumulated(group, 0)
+    slope, (_, dots) = kind_of("horizon").statistics["slope"], kind_of("horizon").figures
+    growth, ends = to_nothing(group, slope.null), list(dots.kinds.values())
+    more = judged({e.method: ("", *(each(e.cell.values) for each in ends)) for e in group.whole.methods})
     assert (growth["flat"].verdict, growth["grows"].verdict) == ("=", "worse") and "exact" not in growth
     assert growth["grows"].difference.value == pytest.approx(0.5, abs=0.05)
     assert (more["flat"].verdict, more["grows"].verdict) == ("=", "worse")

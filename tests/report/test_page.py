@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kvist.cli import compare, report
 from kvist.cli.errors import Verbs
 from kvist.report import page, study
-from kvist.report.markdown import markdown
+from kvist.report.page import markdown
 
 app = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
 app.command("report")(report.report)
@@ -134,7 +134,7 @@ def test_names_are_escaped(tmp_path):
     made = [row("fidelity", name, values, bits=4 + i) for i, name in enumerate(("exact", bad, "kivi:2"))]
     write(tmp_path / "r.jsonl", made)
     read = study.read(tmp_path)
-    text = page.render(read)
+    text = page.page(read)
     assert Elements(text).open == [] and "<b>" not in text and "&lt;b&gt; &amp;" in text
     assert "\\|" in markdown(read)
 
@@ -142,10 +142,10 @@ def test_names_are_escaped(tmp_path):
 def test_little_is_enough(tmp_path):
     """One window, two methods, no exact cache."""
     write(tmp_path / "r.jsonl", [row("fidelity", name, {"kl": [0.1]}) for name in ("a:2", "b:3")])
-    text = page.render(study.read(tmp_path))
+    text = page.page(study.read(tmp_path))
     assert "pareto-1" in text and 'id="maps"' not in text and 'id="nuisance"' not in text
     write(tmp_path / "r.jsonl", [row("gsm8k", name, {"score": [1.0, 0.0]}) for name in ("a:2", "b:3")])
-    text = page.render(study.read(tmp_path))
+    text = page.page(study.read(tmp_path))
     assert 'id="scores"' in text and 'id="tables"' not in text
 
 

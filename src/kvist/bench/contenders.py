@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvist.attention.function import packed_attention
-from kvist.bench.stand_in import stand_in
+from kvist.baselines import DYNAMIC, Baseline, held
 from kvist.cache.layer import Layer
-from kvist.cache.report import held
 from kvist.cache.rows import Rows
 from kvist.methods import parse
+from kvist.testing.stand_in import stand_in
 
 LAYERS, QUERY_HEADS, KV_HEADS, DIM = 2, 8, 2, 128
 SHAPE = f"{LAYERS} layers of {QUERY_HEADS} query and {KV_HEADS} KV heads of {DIM}, bf16, batch 1"
 
+CONFIG = LlamaConfig(
+    num_hidden_layers=LAYERS, num_attention_heads=QUERY_HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM
+)
 
-class Contender:
+
+class Step:
     """A cache and the attention that serves it. `step()` is one decode step of all layers, no model around it."""
 
     def __init__(
@@ -60,30 +63,26 @@ def _random(heads: int, tokens: int) -> Tensor:
     return torch.randn(1, heads, tokens, DIM, dtype=torch.bfloat16)
 
 
-def dynamic(masked: bool = False) -> Contender:
+def dynamic(masked: bool = False) -> Step:
     """transformers' DynamicCache under SDPA with grouped queries, as it runs a single row (`enable_gqa`); `masked`, as
     it runs when there is a mask: the queries of a group packed as rows, much the faster of the two on a CPU."""
-    cache = DynamicCache()
+    cache = DYNAMIC.cache(CONFIG)
 
     def packed(module, query: Tensor, keys: Tensor, values: Tensor, mask: None, **kwargs) -> tuple[Tensor, None]:
         everything = torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool)
         return sdpa_attention_forward(module, query, keys, values, everything, **kwargs)
 
     attention = packed if masked else sdpa_attention_forward
-    return Contender("dynamic", cache, attention, lambda n: None, lambda: held(cache))
+    return Step("dynamic", cache, attention, lambda n: None, lambda: held(cache))
 
 
-def quantized(backend: str, bits: int) -> Contender:
-    """transformers' QuantizedCache, its defaults but for the backend, the bits and, for hqq, its per-token axis."""
-    config = LlamaConfig(
-        num_hidden_layers=LAYERS, num_attention_heads=QUERY_HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM
-    )
-    axis = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
-    cache = QuantizedCache(backend=backend, config=config, nbits=bits, **axis)
-    return Contender(f"{backend}-{bits}", cache, sdpa_attention_forward, lambda n: None, lambda: held(cache))
+def quantized(backend: str, bits: int) -> Step:
+    """transformers' QuantizedCache."""
+    cache = Baseline("quantized", backend, bits).cache(CONFIG)
+    return Step(f"{backend}-{bits}", cache, sdpa_attention_forward, lambda n: None, lambda: held(cache))
 
 
-def ours(method: str) -> Contender:
+def ours(method: str) -> Step:
     """A kvist cache, attached."""
     recipe, rows = stand_in(parse(method), KV_HEADS, DIM), Rows()
     layers: list = [Layer(plan, recipe.page, recipe.prefill, 0, rows) for plan in recipe.for_layers(LAYERS)]
@@ -94,4 +93,4 @@ def ours(method: str) -> Contender:
 
         return measure(method, layers).nbytes
 
-    return Contender(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), room)
+    return Step(method, cache, packed_attention("sdpa"), lambda n: rows.extend(1, n, None), room)

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from kvist.bench import contenders
-from kvist.bench.contenders import SHAPE, Contender
-from kvist.bench.table import machine, show, write
+from kvist.bench.contenders import SHAPE, Step
+from kvist.bench.reports import Decode
+from kvist.bench.table import machine, show
 
 LENGTHS = (1024, 4096, 16384, 65536)
 BARE = "keys=post-rope outliers=0"
@@ -43,14 +44,14 @@ def run(
             torch.manual_seed(seed)
             rows += _race(length, makers, steps)
     title = f"One decode step: cache and attention of {SHAPE}, {torch.get_num_threads()} threads"
-    report = {"title": title, "machine": machine(), "seed": seed, "rows": rows}
-    write(report, out)
+    report = {"bench": "decode", "title": title, "machine": machine(), "seed": seed, "rows": rows}
+    Decode.model_validate(report).save(out)
     show(report, as_json)
     return report
 
 
-def _makers(methods: Sequence[str]) -> dict[str, Callable[[], Contender]]:
-    makers: dict[str, Callable[[], Contender]] = {
+def _makers(methods: Sequence[str]) -> dict[str, Callable[[], Step]]:
+    makers: dict[str, Callable[[], Step]] = {
         "dynamic": contenders.dynamic,
         "dynamic, masked": lambda: contenders.dynamic(masked=True),
     }
@@ -63,8 +64,8 @@ def _makers(methods: Sequence[str]) -> dict[str, Callable[[], Contender]]:
     return makers
 
 
-def _race(length: int, makers: dict[str, Callable[[], Contender]], steps: int) -> list[dict]:
-    racers: dict[str, tuple[Contender, bool]] = {}
+def _race(length: int, makers: dict[str, Callable[[], Step]], steps: int) -> list[dict]:
+    racers: dict[str, tuple[Step, bool]] = {}
     failed: dict[str, str] = {}
     for name, make in makers.items():
         try:
@@ -85,7 +86,7 @@ def _race(length: int, makers: dict[str, Callable[[], Contender]], steps: int) -
     return rows + [{"tokens": length, "contender": name, "failed": reason} for name, reason in failed.items()]
 
 
-def _row(length: int, name: str, ordered: list[float], base: float, racer: Contender) -> dict:
+def _row(length: int, name: str, ordered: list[float], base: float, racer: Step) -> dict:
     edge = len(ordered) // 10
     return {
         "tokens": length,

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvist.bench.stand_in import stand_in
-from kvist.bench.table import machine, show, write
+from kvist.bench.reports import Encode
+from kvist.bench.table import machine, show
 from kvist.cache.track import TILE
 from kvist.coding import Codec
 from kvist.methods import parse
+from kvist.testing.stand_in import stand_in
 
 METHODS = ("kivi:1", "kivi:2", "kivi:4", "kvmix:3", "int4", "int8", "hadamard:4", "kvquant:2", "kvquant:3", "kvquant:4")
 HEADS, DIM, TOKENS, PAGE = 2, 128, 16384, 64
@@ -44,8 +45,9 @@ def run(
                 rows.append(row)
     finally:
         torch.set_num_threads(threads)
-    report = {"title": f"Encoding: {SHAPE}", "machine": machine(), "copy MB/s": copied / 1e6, "rows": rows}
-    write(report, out)
+    report = {"bench": "encode", "title": f"Encoding: {SHAPE}", "machine": machine(), "copy MB/s": copied / 1e6}
+    report["rows"] = rows
+    Encode.model_validate(report).save(out)
     show(report, as_json)
     return report
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from kvist.attention import attach
+from kvist.baselines import DYNAMIC, STATIC, held
 from kvist.bench import memory
 from kvist.cache.cache import Cache
-from kvist.cache.report import held
 from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
@@ -41,7 +41,7 @@ class Lengths:
 
 
 @dataclass
-class Contender:
+class Racer:
     """A cache and the setting in which it runs. method: its recipe's text, "" for transformers' caches; cache_bytes:
     by arithmetic, of a batch; padding: slots of padding before the prompt; peaks: batch and bytes, as measured."""
 
@@ -94,7 +94,7 @@ class Clock(BaseStreamer):
         """Nothing is left to print."""
 
 
-def contenders(model, methods: dict[str, Recipe], lengths: Lengths) -> list[Contender]:
+def contenders(model, methods: dict[str, Recipe], lengths: Lengths) -> list[Racer]:
     """transformers' dynamic and static cache under SDPA, each at its best public setting; kvist's methods, attached.
 
     On CUDA `generate` compiles the decode steps of a static cache; on a CPU that does not pay. On a CPU a mask makes
@@ -105,19 +105,19 @@ def contenders(model, methods: dict[str, Recipe], lengths: Lengths) -> list[Cont
     on_cpu, shape, layers = model.device.type == "cpu", known.shape, len(known.kinds)
     token = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
 
-    def dynamic(name: str, padding: int) -> Contender:
+    def dynamic(name: str, padding: int) -> Racer:
         # a step makes a layer's keys anew beside the old ones
         needs = token * (lengths.total + padding) * (1 + 1 / (2 * layers))
-        return Contender(name, "", lambda: DynamicCache(config=config), lambda batch: batch * needs, padding)
+        return Racer(name, "", lambda: DYNAMIC.cache(config), lambda batch: batch * needs, padding)
 
     found = [dynamic("dynamic, SDPA", 0)]
     if on_cpu and known.query_heads != shape.heads:
         found.append(dynamic("dynamic, SDPA, one padding slot", 1))
     found.append(
-        Contender(
+        Racer(
             "static, SDPA" if on_cpu else "static, SDPA, compiled",
             "",
-            lambda: StaticCache(config=config, max_cache_len=lengths.total),
+            lambda: STATIC.cache(config, lengths.total),
             lambda batch: batch * token * lengths.total,
             compiled=not on_cpu,
         )
@@ -130,7 +130,7 @@ def contenders(model, methods: dict[str, Recipe], lengths: Lengths) -> list[Cont
             return ours + batch * token * lengths.total * (layers - served) / layers
 
         make = partial(Cache, model, recipe, reserve=lengths.total)
-        found.append(Contender(f"kvist {name}", name, make, billed))
+        found.append(Racer(f"kvist {name}", name, make, billed))
     return found
 
 
@@ -142,7 +142,7 @@ def _activations(model, batch: int, slots: int) -> int:
     return batch * (slots * states * model.dtype.itemsize + config.vocab_size * (model.dtype.itemsize + 8))
 
 
-def measure(model, racer: Contender, batch: int, lengths: Lengths, rounds: int = 1, seed: int = 0) -> dict:
+def measure(model, racer: Racer, batch: int, lengths: Lengths, rounds: int = 1, seed: int = 0) -> dict:
     """Medians of `rounds` runs after a warm-up: speeds, bytes of the cache at the end, the peak beyond the weights."""
     device, runs = model.device, []
     if racer.compiled:
@@ -176,9 +176,7 @@ def prompts(model, batch: int, tokens: int, seed: int) -> Tensor:
     return ids.to(model.device)
 
 
-def generate(
-    model, racer: Contender, cache, ids: Tensor, new: int, chunk: int = 0
-) -> tuple[Tensor, float, list[float]]:
+def generate(model, racer: Racer, cache, ids: Tensor, new: int, chunk: int = 0) -> tuple[Tensor, float, list[float]]:
     """Exactly `new` greedy tokens after `ids`: all ids, when it began, and when each token came. The prompt is read in
     chunks, unless `chunk` is 0."""
     ids = torch.nn.functional.pad(ids, (racer.padding, 0))

@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 
 from kvist.bench import memory, shapes
-from kvist.bench.generation import Contender, Lengths, contenders, measure
+from kvist.bench.generation import Lengths, Racer, contenders, measure
 from kvist.bench.presets import Preset, compare, differences
-from kvist.bench.table import machine, show, write
+from kvist.bench.reports import Throughput
+from kvist.bench.table import machine, show
 from kvist.plan import Recipe
 
 SHARE = 0.8  # of what is free, unless --memory says more or less
@@ -46,6 +47,7 @@ def run(
     racers, dtype = contenders(model, methods, lengths), str(model.dtype).removeprefix("torch.")
     chunks = f", prompts in chunks of {chunk}" if chunk else ""
     report: dict = {
+        "bench": "throughput",
         "title": f"{name}: {prompt} + {new} tokens{chunks}, {dtype}, {model.device.type}",
         "machine": machine(),
         "settings": {
@@ -105,7 +107,7 @@ def _check(model, name: str, lengths: Lengths, limit: int | None, free: int) -> 
 
 def _race(
     model,
-    racers: list[Contender],
+    racers: list[Racer],
     lengths: Lengths,
     limit: int,
     most: int | None,
@@ -147,10 +149,10 @@ def _race(
 
 def _write(report: dict, out: str | Path | None) -> None:
     if any("tokens/s" in row for row in report["rows"]):
-        write(report, out)
+        Throughput.model_validate(report).save(out)
 
 
-def _largest(racer: Contender, limit: int) -> dict:
+def _largest(racer: Racer, limit: int) -> dict:
     return {
         "contender": racer.name,
         "measured": racer.largest,

@@ -3,11 +3,10 @@
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 from kvist.cache import foreign
 from kvist.cache.layer import Layer
 from kvist.cache.track import Track
+from kvist.units import size
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class Report:
         ]
         lines += [f"  {'item':<10}{'used':>14}{'allocated':>14}"]
         for name, allocated in self.allocated.items():
-            lines.append(f"  {name:<10}{_size(self.used.get(name, 0)):>14}{_size(allocated):>14}")
-        lines.append(f"  {'total':<10}{_size(sum(self.used.values())):>14}{_size(self.nbytes):>14}")
+            lines.append(f"  {name:<10}{size(self.used.get(name, 0)):>14}{size(allocated):>14}")
+        lines.append(f"  {'total':<10}{size(sum(self.used.values())):>14}{size(self.nbytes):>14}")
         ratio = self.exact_bytes / self.nbytes if self.nbytes else 0
         lines.append(
-            f"  {self.bits_per_element:.2f} bits per element; 16-bit cache {_size(self.exact_bytes)} ({ratio:.2f}x)"
+            f"  {self.bits_per_element:.2f} bits per element; 16-bit cache {size(self.exact_bytes)} ({ratio:.2f}x)"
         )
         if self.clipped:
             share = self.clipped / self.elements
@@ -124,38 +123,3 @@ def _track(layer: Layer, track: Track, used: Counter, allocated: Counter) -> Non
     ):
         allocated[name] += tensor.nbytes
         used[name] += count * token
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
-
-
-def held(cache) -> int:
-    """Bytes of every tensor reachable from a cache's layers, quantized ones by their inner tensors."""
-    seen: dict[int, int] = {}
-
-    def visit(x) -> None:
-        if isinstance(x, Tensor):
-            inner = [
-                getattr(x, name) for name in ("_data", "_scale", "_shift") if isinstance(getattr(x, name, None), Tensor)
-            ]
-            if inner:
-                for part in inner:
-                    visit(part)
-            else:
-                storage = x.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(x, dict):
-            for value in x.values():
-                visit(value)
-        elif isinstance(x, list | tuple):
-            for value in x:
-                visit(value)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(seen.values())

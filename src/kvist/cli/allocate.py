@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, check_plot, console, dump, parse_choices, parse_count, parse_size, put, size, table
+from kvist.cli.show import Json, check_plot, console, dump, parse_choices, put, table
+from kvist.units import parse_count, parse_size, size
 
 
 def allocate(

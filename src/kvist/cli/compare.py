@@ -23,7 +23,7 @@ def compare(
     corrected by Holm for the number of tasks. Examples: kvist compare kivi:2 int4 --results results;
     kvist compare before/results.jsonl after/results.jsonl
     """
-    from kvist.report.compare import methods, runs
+    from kvist.report.sentences import methods, runs
 
     if results is None and not (Path(a).exists() and Path(b).exists()):
         raise ValueError(

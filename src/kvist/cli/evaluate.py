@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import MODEL, Bars, Json, check_plot, dump, parse_count, put, table
+from kvist.cli.show import MODEL, Bars, Json, check_plot, dump, put, table
+from kvist.units import parse_count
 
 FILE = "results.jsonl"
 STRESS = ("none", "mild", "strong")
@@ -27,9 +28,12 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="Names with commas between; --list-tasks lists them.")
+        str,
+        typer.Option(
+            "--tasks", "-t", help="Names with commas between, with options of their own: 'needle depths=3,ppl'."
+        ),
     ] = "fidelity",
-    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks and leave.")] = False,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks with their options.")] = False,
     data: Annotated[str, typer.Option(help="A text file (also .xz), or wikitext2 or c4.")] = "wikitext2",
     data_dir: Annotated[
         Path | None, typer.Option(help="The folder where names of data are looked up, instead of the hub.")
@@ -104,57 +108,63 @@ def evaluate(
         raise ValueError("expected a model's folder, its name on the Hugging Face Hub, or 'bundled', found none")
     if stress not in STRESS:
         raise ValueError(f"--stress is {', '.join(STRESS)}, found {stress!r}")
+    for name, value, choices in (("mode", mode, ("stored", "simulated")), ("prefill", prefill, ("exact", "stored"))):
+        if value not in (None, *choices):
+            raise ValueError(f"--{name} is {' or '.join(choices)}, found {value!r}")
     check_plot(plot)
 
+    from kvist.evaluate import suite
     from kvist.evaluate.contenders import contender, parted
-    from kvist.evaluate.summary import summary
 
     named = list(dict.fromkeys(["exact", *(method or ["kivi:2"])]))
     contenders = parted([contender(text, _recipes(model)) for text in named], parts.split(","))
 
-    from kvist.evaluate import suite
-    from kvist.evaluate.maps import NOTHING, draw
-    from kvist.evaluate.questions import KINDS
     from kvist.evaluate.task import Place, run, spread
 
-    options = suite.Options(
-        data=data,
-        data_dir=data_dir,
-        split=split,
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        windows=windows,
-        seqlen=parse_count(seqlen) if seqlen else 0,
-        prompt=prompt,
-        step=step,
-        lengths=tuple(map(parse_count, lengths.split(","))) if lengths else (),
-        depths=depths,
-        samples=samples,
-        prefill=prefill,  # pyright: ignore[reportArgumentType]
-        chunk=chunk,
-        batch=batch,
-        shots=shots,
-        chat=chat,
-        tasks_dir=tasks_dir,
-        seed=seed,
-    )
-    names = suite.named(tasks)
-    if plot and not any(name in KINDS for name in names):
-        raise ValueError(NOTHING)
+    given = {
+        "data": data,
+        "data_dir": data_dir,
+        "split": split,
+        "mode": mode,
+        "windows": windows,
+        "seqlen": parse_count(seqlen) if seqlen else None,
+        "prompt": prompt,
+        "step": step,
+        "lengths": tuple(map(parse_count, lengths.split(","))) if lengths else None,
+        "depths": depths,
+        "samples": samples,
+        "prefill": prefill,
+        "chunk": chunk,
+        "batch": batch,
+        "shots": shots,
+        "chat": chat,
+        "tasks_dir": tasks_dir,
+        "seed": seed,
+    }
+    wanted = suite.asked(tasks, given)
+    if plot and not any(each.kind.rescored and "depths" in vars(each.options) for each in wanted):
+        raise ValueError("--plot draws answers by length and depth; ask for needle, passkey or a task like them")
     results = _results(out)
-    documents = suite.documents(names, options)
+    texts = suite.documents(wanted)
     loaded, tokenizer = _loaded(model, device, dtype, stress, seed)
-    wanted = suite.tasks(names, options, documents, loaded, tokenizer)
     place, found = Place.of(loaded, stress, seed), []
+    made = suite.tasks(wanted, texts, loaded, tokenizer)
     with Bars() as bars:
-        for task in wanted:
+        for task in made:
             some = contenders + (suite.floors(task, loaded) if floor else [])
             cells = run(task, place, some, results, spread(task, limit), bars.show)
             found.append((task, cells))
     if plot:
-        draw([(task.name, cells) for task, cells in found], plot)
+        from kvist.report.canvas import png
+        from kvist.report.plots import maps
+
+        every = [(task.name, cell) for task, cells in found for cell in cells if "length" in cell.values]
+        panels = [(f"{name}, {c.method}, {c.bits:.2f} bits", c.method, c.values) for name, c in every]
+        png(maps(panels, across=4), plot)
     first = named[min(1, len(named) - 1)]
     told = [
-        {"task": task.name, "settings": task.settings, "results": summary(cells, first, seed)} for task, cells in found
+        {"task": task.name, "settings": task.settings, "results": suite.summary(cells, first, seed)}
+        for task, cells in found
     ]
     if json:
         return dump({"model": model, "measured": place.name, "stress": stress, "first": first, "tasks": told})
@@ -164,20 +174,23 @@ def evaluate(
 
 
 def _tasks() -> None:
-    from kvist.evaluate.suite import TASKS
+    from dataclasses import fields
 
-    for name, words in TASKS.items():
-        print(f"{name:<20}{words}")
+    from kvist.evaluate.registry import kinds
+
+    for kind in kinds().values():
+        print(f"{kind.title:<20}{kind.words}")
+        print(f"{'':<20}  {', '.join(each.name.replace('_', '-') for each in fields(kind.options))}")
 
 
 def _rescore(folder: Path, json: bool) -> None:
     """Scores of stored predictions by the present rules, in place."""
-    from kvist.evaluate.rescoring import rescore
+    from kvist.evaluate.suite import rescore
 
     changed = rescore(folder / FILE)
     if json:
-        return dump(changed)
-    print(f"{changed['rows']} rows with predictions, {changed['changed']} of {changed['items']} scores changed")
+        return dump(changed._asdict())
+    print(f"{changed.rows} rows with predictions, {changed.changed} of {changed.items} scores changed")
     return None
 
 

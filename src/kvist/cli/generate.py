@@ -11,9 +11,9 @@ from transformers import TextStreamer
 from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.cli import prompts
-from kvist.cli.show import size
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
+from kvist.units import size
 
 DEFAULT = "kivi:2"
 BILLED = {"4K": 4096, "32K": 32768}  # tokens

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import MODEL, Json, dump, put, size, table
+from kvist.cli.show import MODEL, Json, dump, put, table
+from kvist.units import size
 
 LENGTHS = {"4K": 4096, "32K": 32768, "128K": 131072}
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, dump, put, size, table
+from kvist.cli.show import Json, dump, put, table
+from kvist.units import size
 
 LENGTHS = {"4K": 4096, "128K": 131072}
 HEADS, DIM = 8, 128

@@ -8,7 +8,7 @@ import typer
 from kvist.cli.show import Json, dump
 
 PAGE, TABLE, PICTURE = "report.html", "report.md", "pareto.png"
-NEEDED = "kvist report needs matplotlib and jinja2: pip install 'kvist[report]'"
+NEEDED = "kvist report needs matplotlib, adjustText and jinja2: pip install 'kvist[report]'"
 
 
 def report(
@@ -29,23 +29,25 @@ def report(
     kvist report results --baseline kivi:2
     """
     try:
+        import adjustText  # noqa: F401
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError(NEEDED) from None
     target = _target(folder, out)
 
-    from kvist.atomic import writable
-    from kvist.report import canvas, figures, markdown, page, study
-    from kvist.report.verdict import verdict
+    from kvist.atomic import replacing, writable
+    from kvist.report import canvas, figures, page, study
+    from kvist.report.sentences import verdict
 
     writable(target / PAGE, target / TABLE, target / PICTURE)
     found = study.read(folder, baseline, seed)
-    text = page.render(found)
     picture, _ = figures.frontier(found, found.models[0])
-    written = [target / PAGE, target / TABLE]
-    page.write(text, target / PAGE)
-    page.write(markdown.markdown(found, PICTURE if picture else None), target / TABLE)
+    texts = {PAGE: page.page(found), TABLE: page.markdown(found, PICTURE if picture else None)}
+    for name, text in texts.items():
+        with replacing(target / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    written = [target / name for name in texts]
     if picture:
         canvas.png(picture, target / PICTURE)
         written.append(target / PICTURE)
@@ -86,7 +88,7 @@ def _data(found, sentences: list[str], written: list[Path]) -> dict:
             **group.place._asdict(),
             "task": group.task,
             "settings": group.settings,
-            "methods": [plain(line) for line in found.lines(group)],
+            "methods": [plain(line) for line in found.lines(group).values()],
         }
         for group in found.groups
     ]

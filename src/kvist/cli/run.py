@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.show import MODEL, Json, console, dump, size
+from kvist.cli.show import MODEL, Json, console, dump
+from kvist.units import size
 
 
 def run(

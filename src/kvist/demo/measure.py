@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvist.attention import attach
+from kvist.baselines import held
 from kvist.cache.cache import Cache
-from kvist.cache.report import held
 from kvist.demo.documents import Document
 from kvist.evaluate.contenders import fill
 from kvist.evaluate.generation import ends, forward, states_of, steps

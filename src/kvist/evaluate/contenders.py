@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import CacheLayerMixin, QuantizedCache
+from transformers.cache_utils import CacheLayerMixin
 
+from kvist.baselines import Baseline, held
 from kvist.cache.cache import Cache
-from kvist.cache.report import held
 from kvist.coding import Codec, Grouping, Raw
 from kvist.evaluate.results import described, digest_of
 from kvist.methods import parse
@@ -23,7 +23,6 @@ from kvist.plan import Recipe
 State = tuple[Tensor, Tensor] | CacheLayerMixin  # of a layer: keys and values (B, H, T, D), or what else it keeps
 Part = Literal["both", "keys", "values"]
 PARTS: tuple[Part, ...] = ("both", "keys", "values")
-BACKENDS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 EXACT = "exact"
 SINGLE = "batch 1"
 _TWINS: WeakKeyDictionary = WeakKeyDictionary()
@@ -31,13 +30,12 @@ _TWINS: WeakKeyDictionary = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Contender:
-    """A name, and what makes its cache: a recipe, or a backend of transformers' QuantizedCache with its bits; or a
-    floor, which quantizes nothing: "float16" or another dtype, or "batch 1". `part`: the sides that are coded; the
-    other one is stored as it comes."""
+    """A name, and what makes its cache: a recipe, or a cache of transformers; or a floor, which quantizes nothing:
+    "float16" or another dtype, or "batch 1". `part`: the sides that are coded; the other one is stored as it comes."""
 
     name: str
     recipe: Recipe | None = None
-    backend: tuple[str, int] | None = None
+    baseline: Baseline | None = None
     floor: str | None = None
     part: Part = "both"
 
@@ -52,8 +50,7 @@ class Contender:
             return described(self.recipe)
         if self.floor:
             return {"name": "nothing quantized", "floor": self.floor}
-        backend, bits = self.backend or ("", 0)
-        return {"name": "transformers QuantizedCache", "backend": backend, "bits": bits, **_axes(backend)}
+        return self.baseline.description if self.baseline else {}
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -70,14 +67,10 @@ class Contender:
         """An empty cache for a model, with room for `reserve` tokens per row. ValueError where it does not suit it."""
         if self.recipe:
             return Cache(model, self.recipe, reserve=reserve, prefill=prefill)
-        backend, bits = self.backend or ("", 0)
         if prefill == "stored":
             raise ValueError(f"{self.name} gives a prompt its exact keys and values; it has no prefill 'stored'")
-        try:
-            config = model.config.get_text_config(decoder=True)
-            return QuantizedCache(backend=backend, config=config, nbits=bits, **_axes(backend))
-        except ImportError as error:
-            raise ValueError(f"{self.name} needs a package: pip install 'kvist[bench]' ({error})") from None
+        assert self.baseline, "a contender is a recipe, a baseline or a floor, which has no cache"
+        return self.baseline.cache(model.config.get_text_config(decoder=True), reserve)
 
     def twin(self, model):
         """The model that a floor runs: a copy in its dtype, or the same one."""
@@ -97,12 +90,9 @@ def floors(dtype: torch.dtype) -> list[Contender]:
 def contender(text: str, made: Callable[[str], Recipe] = parse) -> Contender:
     """From a command line's word: a method's text, or 'quanto:2', 'hqq:4': transformers' QuantizedCache, which is
     none of the published methods. `made` makes recipes of texts."""
-    backend, _, bits = text.partition(":")
-    if backend in BACKENDS:
-        if not bits.isdigit() or int(bits) not in BACKENDS[backend]:
-            choices = ", ".join(f"{backend}:{b}" for b in BACKENDS[backend])
-            raise ValueError(f"expected one of {choices}, found {text!r}")
-        return Contender(f"QuantizedCache {text}", backend=(backend, int(bits)))
+    baseline = Baseline.parse(text)
+    if baseline:
+        return Contender(f"QuantizedCache {text}", baseline=baseline)
     return Contender(text, recipe=made(text))
 
 
@@ -175,8 +165,3 @@ def check(contender: Contender, model) -> None:
     made = contender.cache(model, 0)
     if isinstance(made, Cache):
         made.close()
-
-
-def _axes(backend: str) -> dict[str, int]:
-    """hqq groups along tokens' channels only where it is told."""
-    return {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}

@@ -138,3 +138,12 @@ _DRAWN: dict[str, Callable] = {
     "aggregation": _aggregation,
 }
 KINDS: tuple[str, ...] = tuple(_DRAWN)
+WORDING = {
+    "passkey": "one number in noise, KIVI's form",
+    "needle": "a magic number for a city in a text, by length and depth",
+    "multi-key": "eight needles, one is asked",
+    "multi-value": "three numbers for one city",
+    "multi-query": "three cities asked at once",
+    "variable-tracking": "a chain of variables, beside another",
+    "aggregation": "the word that was named most often",
+}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,13 +40,16 @@ VALUES = {  # what a report reads, by name
         "nll": NonNegativeFloat,
         "tokens": PositiveInt,
         "agreement": Annotated[float, Field(ge=0, le=1)],
-        "score": float | bool,
+        **dict.fromkeys(("score", "strict", "flexible"), float | bool),
+        "prediction": str,
+        **dict.fromkeys(("expected", "classes"), list[str]),
         "kl_curve": list[Divergence],
         "kl_counts": dict[Annotated[str, Field(pattern=r"^-?\d{1,3}$")], PositiveInt],
         "kl_at_once": list[Annotated[list[Divergence], Field(min_length=3, max_length=3)]],
         "first_mismatch": NonNegativeInt,
         **dict.fromkeys(("inside", "beyond", "last"), Among),
         **{f"kl_{name}": Divergence for name in ("padding", "batch", "chunk")},
+        **{f"shift_{name}": float for name in ("padding", "batch", "chunk")},
         "length": PositiveInt,
         "depth": Annotated[float, Field(ge=0, le=1)] | None,
     }.items()
@@ -169,6 +172,24 @@ def described(recipe: Recipe) -> dict:
     return made
 
 
+def contents(path: Path) -> bytes:
+    """Of a results file, which may be compressed. ValueError where it cannot be read, or is too large."""
+    try:
+        data = stranger.read(path, MOST_BYTES)
+        return stranger.unpack(data, MOST_BYTES) if path.suffix == ".xz" else data
+    except ValueError as error:
+        raise ValueError(f"the results {path} cannot be read: {error}; take the file away") from None
+
+
+def rows_of(lines: Iterable[bytes], path: Path, advice: str) -> Iterator[tuple[int, Row]]:
+    """Rows of a file's lines, with their numbers. ValueError, with advice, for a line that is no row."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield number, Row.read(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is no result of `kvist eval`: {error}; {advice}") from None
+
+
 class Results:
     """Rows by cell, kept in a file of JSON lines where one is given. A row is written as soon as it is added; a line
     torn by an interruption is dropped when the file is opened again."""
@@ -189,13 +210,7 @@ class Results:
         except ValueError as error:
             raise ValueError(f"expected a file of results at {path}: {error}; give another --out") from None
         whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                row = Row.read(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"line {number} of {path} is no result of `kvist eval`: {error}; give another --out"
-                ) from None
+        for _, row in rows_of(data[:whole].splitlines(), path, "give another --out"):
             self.rows.setdefault(row.cell, []).append(row)
         if whole < len(data):
             if not data[whole:].startswith(b'{"task"'[: len(data) - whole]):

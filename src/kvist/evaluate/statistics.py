@@ -27,6 +27,11 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
 
+    @classmethod
+    def alone(cls, value: float) -> "Estimate":
+        """Without an interval."""
+        return cls(value, None, None)
+
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return f"{self.value:.3g}"

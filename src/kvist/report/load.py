@@ -1,17 +1,15 @@
 """Rows of results files, grouped: what was measured together can be compared."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvist import stranger
-from kvist.evaluate.results import MOST_BYTES, Cell, Row
+from kvist.evaluate.results import Cell, Row, contents, rows_of
 
-PATTERNS = ("*.jsonl", "*.jsonl.xz")
 FLOOR = "floor: "
 EXACT = "exact"
 
@@ -60,9 +58,8 @@ class Entry:
         """As "file:3-10, other:4"."""
         found = []
         for file, lines in groupby(self.lines, lambda line: line[0]):
-            numbers = [number for _, number in lines]
-            runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-            spans = [(run[0][1], run[-1][1]) for run in runs]
+            runs = groupby(enumerate(number for _, number in lines), lambda pair: pair[1] - pair[0])
+            spans = [(run[0][1], run[-1][1]) for run in (list(each) for _, each in runs)]
             found.append(f"{file}:" + ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans))
         return ", ".join(found)
 
@@ -88,20 +85,12 @@ class Group:
     @cached_property
     def parted(self) -> "Group":
         """Contenders with a side alone, beside the same with both: over the items that all of these have."""
-        alone = {_plain(entry) for entry in self.entries if entry.part != "both"}
-        return self._common([entry for entry in self.entries if _plain(entry) in alone])
+        alone = {entry.cell.first.method for entry in self.entries if entry.part != "both"}
+        return self._common([entry for entry in self.entries if entry.cell.first.method in alone])
 
     @property
     def methods(self) -> list[Entry]:
         return [entry for entry in self.entries if not entry.floor]
-
-    @property
-    def floors(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.floor]
-
-    @property
-    def exact(self) -> Entry | None:
-        return next((entry for entry in self.entries if entry.method == EXACT and entry.part == "both"), None)
 
     @property
     def items(self) -> int:
@@ -116,6 +105,11 @@ class Group:
         """Its settings in words."""
         known = {name: value for name, value in self.settings.items() if value not in (None, [], "", False)}
         return ", ".join(f"{name} {_short(value)}" for name, value in known.items())
+
+    def same(self, other: "Group") -> bool:
+        """Whether groups of different files measure the same items the same way."""
+        mine, theirs = ((g.place, g.task, g.settings, g.entries[0].cell.first.metric) for g in (self, other))
+        return mine == theirs
 
     def _common(self, entries: Sequence[Entry]) -> "Group":
         if not entries:
@@ -134,10 +128,11 @@ def load(source: str | Path) -> list[Group]:
     source = Path(source)
     if not source.exists():
         raise ValueError(f"expected a folder with results of `kvist eval --out`, found nothing at {source}")
-    files = [source] if not source.is_dir() else sorted({path for one in PATTERNS for path in source.glob(one)})
+    files = sorted([*source.glob("*.jsonl"), *source.glob("*.jsonl.xz")]) if source.is_dir() else [source]
     found: dict[str, dict[tuple[str, str], list[tuple[Row, str, int]]]] = {}
     for file in files:
-        for number, row in _rows(file):
+        # the last line is empty, or torn: a run may be writing it
+        for number, row in rows_of(contents(file).split(b"\n")[:-1], file, "take the file away"):
             kind = json.dumps([row.model, row.dtype, row.stress, row.task, row.metric, row.settings], sort_keys=True)
             found.setdefault(kind, {}).setdefault((row.digest, row.part), []).append((row, file.name, number))
     if not found:
@@ -152,30 +147,11 @@ def titles(groups: Sequence[Group]) -> dict[int, str]:
     """By number, a name for each group: its task, and what tells it from others of the same task in its place."""
     found = {}
     for group in groups:
-        others = [each for each in groups if (each.place, each.task) == (group.place, group.task)]
-        told = [
-            f"{name} {_short(group.settings.get(name))}"
-            for name in group.settings
-            if name != "data" and len({json.dumps(each.settings.get(name), sort_keys=True) for each in others}) > 1
-        ]
-        found[group.number] = ", ".join([group.task, *told])
+        others = [each.settings for each in groups if (each.place, each.task) == (group.place, group.task)]
+        told = [name for name, value in group.settings.items() if any(each.get(name) != value for each in others)]
+        words = [f"{name} {_short(group.settings[name])}" for name in told if name != "data"]
+        found[group.number] = ", ".join([group.task, *words])
     return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        data = stranger.read(file, MOST_BYTES)
-        data = stranger.unpack(data, MOST_BYTES) if file.suffix == ".xz" else data
-    except ValueError as error:
-        raise ValueError(f"the results {file} cannot be read: {error}; take the file away") from None
-    lines = data.split(b"\n")  # the last is empty, or torn: a run may be writing it
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            yield number, Row.read(line)
-        except ValueError as error:
-            raise ValueError(
-                f"line {number} of {file} is no result of `kvist eval`: {error}; take the file away"
-            ) from None
 
 
 def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Group:
@@ -189,11 +165,6 @@ def _group(number: int, cells: Sequence[Sequence[tuple[Row, str, int]]]) -> Grou
         entries.append(Entry(cell, tuple((file, line) for _, file, line in rows)))
     place = Place(first.model, first.dtype, first.stress)
     return Group(number, place, first.task, first.settings, tuple(entries))
-
-
-def _plain(entry: Entry) -> str:
-    """What a contender is called whatever side of it is coded."""
-    return entry.cell.first.method
 
 
 def _short(value) -> str:

@@ -25,7 +25,6 @@ FAMILIES = {
 OTHERS = ("#6b8e23", "#9b4f4f", "#4f6d9b", "#8f6bb0", "#5f8f6b", "#b0763a")
 INK = "#1d2329"
 PLAIN = re.compile(r"(?:QuantizedCache )?([a-z][a-z-]*?):?(\d+)(?: \(control\))?")
-GREY = "#8a8f98"
 
 
 class Look(NamedTuple):
@@ -60,16 +59,10 @@ def order(method: str) -> tuple:
 
 def number(x: float | None) -> str:
     """Two or three digits; nothing for what is not known."""
-    if x is None or (isinstance(x, float) and math.isnan(x)):
+    if x is None or math.isnan(x):
         return ""
-    if x == 0:
-        return "0"
-    if abs(x) >= 1000:
-        return f"{x:,.0f}"
-    if abs(x) < 1e-3:
-        mantissa, exponent = f"{x:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    text = f"{x:.0f}" if abs(x) >= 100 else f"{x:.{2 - math.floor(math.log10(abs(x)))}f}"
+    small = f"{x:.1e}".replace("e-0", "e-") if x else "0"
+    text = small if abs(x) < 1e-3 else f"{x:#.3g}".rstrip(".") if abs(x) < 999.5 else f"{x:,.0f}"
     return text.replace("-", "−")
 
 
@@ -78,9 +71,8 @@ def interval(estimate: Estimate) -> str:
     return "" if estimate.low is None else f"[{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def percent(estimate: Estimate | float | None) -> str:
-    value = estimate.value if isinstance(estimate, Estimate) else estimate
-    return "" if value is None else f"{100 * value:.1f}"
+def percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}"
 
 
 def spread(estimate: Estimate) -> str:

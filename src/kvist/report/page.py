@@ -1,93 +1,77 @@
-"""The page: one file that needs nothing else."""
+"""What is written: a page that needs nothing else, and its tables as Markdown, from one set of parts."""
 
 import json
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 from kvist import __version__
-from kvist.atomic import replacing
-from kvist.report.figures import Figure, figures
-from kvist.report.load import Group
-from kvist.report.provenance import behind, recipes
+from kvist.bench.reports import Gates
+from kvist.evaluate.measures import Section
+from kvist.evaluate.registry import kind_of, sections
+from kvist.report.figures import PARETO, SPEED, Figure, figures
+from kvist.report.look import look, number
+from kvist.report.sentences import notes, verdict
 from kvist.report.study import Study
-from kvist.report.tables import Table, main, others, scores, uneven
-from kvist.report.verdict import notes, verdict
+from kvist.report.tables import Table, apart, main, others, scores
 
-SECTIONS = {
-    "pareto": ("Quality against stored bits", ""),
-    "tables": (
-        "The numbers",
-        "By rising bits; ● marks what nothing cheaper matches. ▼ and ▲: the paired difference is real at 5 %, "
-        "Holm-corrected over its column; =: not shown to differ. Point at a mark for the difference, its interval and "
-        "p.",
-    ),
-    "maps": ("Finding a fact", "Maps of right answers, the best above."),
-    "scores": ("Answers", "Each against the exact cache, on the same items: ▼ really below, = not shown to differ."),
-    "position": ("Divergence by position, keys and values", ""),
-    "horizon": ("Divergence by horizon", "Text is decoded step by step; history is quantized as it is produced."),
-    "others": ("Measured in other ways", "Other texts or modes: numbers that are not to be mixed with those above."),
-    "speed": ("Memory and speed", ""),
-    "nuisance": ("What should change nothing", ""),
-    "gates": ("Are the ports faithful?", "Checks that come before any comparison."),
-}
-STATISTICS = (
-    "Intervals are 95 % bootstrap intervals over items (windows or questions), 4,000 draws. Differences are paired, "
-    "on the items that all methods have: answers that are right or wrong by McNemar's exact test, all other numbers by "
-    "flipping signs of the differences (all flips of up to 14 items, 20,000 draws of more). Holm's correction is over "
-    "a column of a table, or of a figure. “=” says that no difference was shown, not that there is none. A slope is of "
-    "least squares behind the first four points of a curve. Where texts part is counted up to the tokens written."
-)
+TABLES, SCORES = Section("tables", "The numbers"), Section("scores", "Answers")
+OTHERS, GATES = Section("others", "Measured in other ways"), Section("gates", "Are the ports faithful?")
 
 
-def render(study: Study) -> str:
+def page(study: Study) -> str:
     """HTML with its style, figures and tables inside."""
-    from jinja2 import Environment, select_autoescape
-
-    source = files("kvist.report").joinpath("page.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
-    parts = _parts(study)
-    used = sorted({n for _, items in parts for item in items if isinstance(item, Figure | Table) for n in item.groups})
-    known = {group.number: group for group in study.groups}
-    rest = [group.number for group in study.groups if group.number not in used]
-    return template.from_string(source).render(
+    return _rendered(
+        "page.html",
+        study,
         title=", ".join(dict.fromkeys(place.name for place in study.places)),
-        verdict=verdict(study),
-        sections=[(name, *SECTIONS[name], items) for name, items in parts],
-        behind=[behind(study, known[number]) for number in [*used, *rest]],
-        titles={number: f"{study.titles[number]}: {group.place}" for number, group in known.items()},
-        recipes=[each | {"json": json.dumps(each["recipe"], indent=1, ensure_ascii=False)} for each in recipes(study)],
-        models=_models(study.groups),
-        baseline=study.baseline,
-        statistics=STATISTICS,
-        seed=study.seed,
+        sections=[(*section, items) for section, items in _parts(study).items()],
+        groups=study.groups,
+        titles={group.number: f"{study.titles[group.number]}: {group.place}" for group in study.groups},
+        recipes={entry.cell.first.digest: entry for group in study.groups[::-1] for entry in group.entries[::-1]},
+        models=list(dict.fromkeys(f"{group.place.model} ({group.place.dtype})" for group in study.groups)),
         version=__version__,
-        gates=study.gates,
-        kinds={Figure: "figure", Table: "table"},
+        json=json.dumps,
+        look=look,
+        number=number,
+        anchor=anchor,
     )
 
 
-def write(text: str, path: str | Path) -> None:
-    """The page as a file, whole or not at all."""
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+def markdown(study: Study, picture: str | None = None) -> str:
+    """Sentences, the picture where there is one, and the tables of each place."""
+    places = [(place, [main(study, place), scores(study, place)], others(study, place)) for place in study.places]
+    told = [(place, list(filter(None, first)), notes(study, place), more) for place, first, more in places]
+    return _rendered("page.md", study, picture=picture, places=told)
 
 
-def _parts(study: Study) -> list[tuple[str, list]]:
+def _rendered(name: str, study: Study, **parts: Any) -> str:
+    from jinja2 import Environment, select_autoescape
+
+    source = files("kvist.report").joinpath(name).read_text(encoding="utf-8")
+    escaped = select_autoescape(("html",), default_for_string=name.endswith("html"))
+    template = Environment(autoescape=escaped, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    told = {"verdict": verdict(study), "baseline": study.baseline, "seed": study.seed}
+    return template.from_string(source).render(told | parts)
+
+
+def anchor(digest: str) -> str:
+    """Of a recipe."""
+    return "recipe-" + "".join(c if c.isalnum() else "-" for c in digest)
+
+
+def _parts(study: Study) -> dict[Section, list[Figure | Table | str]]:
     """Sections that have something to show, with their figures, tables and sentences in order."""
-    found: dict[str, list] = {name: [] for name in SECTIONS}
+    found: dict[Section, list] = {each: [] for each in (PARETO, TABLES, SCORES, *sections(), OTHERS, SPEED, GATES)}
     for figure in figures(study):
         found[figure.section].append(figure)
     for place in study.places:
         if table := main(study, place):
-            found["tables"] += [table, *notes(study, place)]
+            found[TABLES] += [table, *notes(study, place)]
         if table := scores(study, place):
-            found["scores"].append(table)
-        if table := uneven(study, place):
-            found["position"].append(table)
-        found["others"] += others(study, place)
-    found["gates"] = list(study.gates)
-    return [(name, items) for name, items in found.items() if items]
-
-
-def _models(groups: list[Group]) -> list[str]:
-    return list(dict.fromkeys(f"{group.place.model} ({group.place.dtype})" for group in groups))
+            found[SCORES].append(table)
+        for group in study.fullest(place):
+            if (table := apart(study, group)) and (section := kind_of(group.task).section):
+                found[section].append(table)
+        found[OTHERS] += others(study, place)
+    found[GATES] = [gate for _, report in study.benches if isinstance(report, Gates) for gate in report.rows]
+    return {section: items for section, items in found.items() if items}

@@ -1,82 +1,73 @@
 """Tables as plain data: the same cells go into the page, the Markdown and the JSON."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from kvist.evaluate.measures import COMMON, Statistic
+from kvist.evaluate.registry import kind_of
 from kvist.evaluate.statistics import Estimate
-from kvist.report.contrast import Contrast, Line
-from kvist.report.figures import floor_of
-from kvist.report.load import EXACT, Place
+from kvist.report.load import EXACT, Group, Place
 from kvist.report.look import interval, look, number, percent, spread
-from kvist.report.study import Row, Study
+from kvist.report.study import KL, SCORE, Contrast, Line, Study, floor_of, to_nothing
 
 MARKS = {"better": "▼", "worse": "▲", "=": "="}
 UP = {"better": "▲", "worse": "▼", "=": "="}  # where more is better
 
 
 class Field(NamedTuple):
-    """A cell of a table: what stands in it, its interval, a verdict in a word, words that explain it, and an id to go
-    to."""
+    """A cell of a table: what stands in it, its interval, a verdict in a word, and words that explain it."""
 
-    text: str
+    text: str = ""
     small: str = ""
     verdict: str = ""
     title: str = ""
-    link: str = ""
     colour: str = ""
     strip: tuple[float, float, float, float] | None = None  # value, low, high, floor as shares of a logarithmic axis
 
 
 class Table(NamedTuple):
-    """id; title; names of columns, each with an explanation; rows of fields; strong: whether a row stands out; caption;
-    groups behind it."""
+    """id; title; names of columns, each with an explanation; rows of fields; caption; groups behind it."""
 
     id: str
     title: str
     columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[Field]]
-    strong: Sequence[bool]
     caption: str
     groups: tuple[int, ...]
 
 
+class Column(NamedTuple):
+    """A head, what explains it, and a cell per method."""
+
+    head: str
+    why: str
+    of: Callable[[str], Field]
+
+
+Lines = Mapping[str, Line]
+
+
 def main(study: Study, place: Place) -> Table | None:
     """Methods of a place by rising bits: all that matters in one line each. None where only answers were measured."""
-    group, recall, horizon = study.divergence(place), study.recall(place), study.one(place, "horizon")
+    group, recall = study.divergence(place), study.recall(place)
     if group is None:
         return None
-    rows = study.table(place)
-    floor = floor_of(group)
-    known = [row.line.of("kl").value for row in rows if row.line.of("kl").value > 0]
-    ends = (min([*known, floor or 1.0], default=1e-6) / 1.5, max(known, default=1.0) * 1.5)
-    columns = [
-        ("method", "● nothing cheaper is as good"),
-        ("bits", "allocated per cached number, measured from the storage"),
-        ("", "KL on a logarithmic axis; the band is rounding"),
-        ("KL, nats", "mean over tokens, from the exact cache"),
-        (f"to {study.baseline}", "ratio of KL; ▼ really lower, ▲ really higher, = not shown to differ"),
-        ("to best cheaper", "ratio of KL to that of the best method with fewer bits"),
-    ]
-    optional = ("kl_99.9%", "perplexity", "agreement")
-    names = [name for name in optional if name in rows[0].line.statistics]
-    columns += [(_WORDS[name], _WHY[name]) for name in names]
-    if recall:
-        columns.append((f"{study.titles[recall.number]}, %", "right; ▼ really below the exact cache, = not shown"))
-    if horizon:
-        columns.append(("KL per 1K steps", "growth while decoding; ▲ really grows, = not shown to"))
-        if "first_mismatch" in horizon.whole.entries[0].cell.values:
-            most = horizon.settings.get("free_steps", "")
-            columns.append(("text parts at", f"first greedy token of {most} that differs, mean"))
-    strips = [_strip(row.line.method, row.line.of("kl"), floor, ends) for row in rows]
-    shown = [_main(study, row, strip, names, recall, horizon) for row, strip in zip(rows, strips, strict=True)]
-    caption = f"{group.whole.items} windows ({group.about}). " + (
-        f"Answers: {recall.whole.items} questions ({recall.about}). " if recall else ""
-    )
-    caption += f"Decoding: {horizon.whole.items} windows ({horizon.about}). " if horizon else ""
-    groups = tuple(each.number for each in (group, recall, horizon) if each)
-    strong = [row.line.frontier for row in rows]
-    return Table(f"table-{group.number}", str(place), columns, shown, strong, caption, groups)
+    lines, used = study.table(place), [group, *([recall] if recall else [])]
+    to, nearest = "ratio of KL; ▼ really lower, ▲ really higher, = not shown to differ", "ratio of KL to that of "
+    columns = [*_first(lines), _strip(lines, floor_of(group)), _told(lines, group, KL, COMMON[KL])]
+    columns.append(Column(f"to {study.baseline}", to, _ratio(lines, True)))
+    columns.append(Column("to best cheaper", nearest + "the best method with fewer bits", _ratio(lines)))
+    columns += [_told(lines, group, *each) for each in _shown(group, lines, "table")]
+    columns += [_answers(study, recall, "right; ▼ really below the exact cache, = not shown")] if recall else []
+    for other in study.fullest(place):
+        known = study.lines(other)
+        for name, each in _shown(other, known, "beside"):
+            tests = to_nothing(other, each.null, study.seed) if each.null else {}
+            columns.append(_told(known, other, name, each, tests))
+            used += [other] if other not in used else []
+    caption = " ".join(f"{study.titles[each.number]}: {each.whole.items} items ({each.about})." for each in used)
+    return _table(f"table-{group.number}", str(place), columns, lines, caption, used)
 
 
 def scores(study: Study, place: Place) -> Table | None:
@@ -84,67 +75,41 @@ def scores(study: Study, place: Place) -> Table | None:
     groups = study.scored(place)
     if not groups:
         return None
-    by_group = [{line.method: line for line in study.lines(group, "score")} for group in groups]
-    methods = sorted({m for lines in by_group for m in lines}, key=lambda m: _first(by_group, m))
-    rows = []
-    for name in methods:
-        fields = [method(name), Field(f"{_first(by_group, name)[0]:.2f}")]
-        for group, lines in zip(groups, by_group, strict=True):
-            against = study.exact_contrasts(group)
-            fields.append(_score(lines.get(name), against.get(name)))
-        rows.append(fields)
-    columns = [("method", ""), ("bits", "allocated per cached number, of the first task")]
-    columns += [(f"{study.titles[group.number]}, %", f"{group.whole.items} items: {group.about}") for group in groups]
-    caption = "Mean score in percent; " + "; ".join(
-        f"{study.titles[group.number]}: {group.whole.items} items" for group in groups
-    )
-    return Table(
-        f"scores-{groups[0].number}", str(place), columns, rows, [False] * len(rows), caption + ".",
-        tuple(group.number for group in groups),
-    )  # fmt: skip
+    known = [study.lines(group, SCORE) for group in groups]
+    lines = {name: line for each in reversed(known) for name, line in each.items()}
+    lines = dict(sorted(lines.items(), key=lambda pair: (pair[1].bits, pair[0])))
+    columns = [Column("method", "", method), _first(lines)[1]]
+    columns += [_answers(study, group, f"{group.whole.items} items: {group.about}") for group in groups]
+    told = "; ".join(f"{study.titles[group.number]}: {group.whole.items} items" for group in groups)
+    return _table(f"scores-{groups[0].number}", str(place), columns, lines, f"Mean score in percent; {told}.", groups)
 
 
-def uneven(study: Study, place: Place) -> Table | None:
-    """How divergence is spread over tokens, and whether it is where tokens are packed."""
-    group = study.one(place, "fidelity")
-    if group is None:
+def apart(study: Study, group: Group) -> Table | None:
+    """How a task's numbers are spread over tokens, and whether they are where tokens are packed."""
+    lines = {name: line for name, line in study.lines(group).items() if name != EXACT}
+    told = _shown(group, lines, "apart")
+    if not told:
         return None
-    lines = [line for line in study.lines(group, "kl") if line.method != EXACT]
-    known = [name for name in _SPREAD if any(line.statistics.get(name) is not None for line in lines)]
-    if not known:
-        return None
-    rows = [
-        [method(line.method), Field(f"{line.bits:.2f}"), *(_estimate(line.statistics.get(n), n) for n in known)]
-        for line in lines
-    ]
-    columns = [("method", ""), ("bits", "allocated per cached number"), *(_SPREAD[name] for name in known)]
+    told.insert(1, (KL, COMMON[KL]._replace(word="mean", why="")))
+    columns = [Column("method", "", method), _first(lines)[1], *(_told(lines, group, *each) for each in told)]
     caption = f"KL in nats, {group.whole.items} windows ({group.about})."
-    title = f"Where, and how unevenly: {place}"
-    return Table(f"uneven-{group.number}", title, columns, rows, [False] * len(rows), caption, (group.number,))
+    return _table(f"uneven-{group.number}", f"Where, and how unevenly: {group.place}", columns, lines, caption, [group])
 
 
-def others(study: Study, place: Place) -> list[Table]:
-    """Divergence and likelihood measured in other ways than that of the main table."""
-    main_group = study.divergence(place)
-    found = []
+def others(study: Study, place: Place) -> Iterator[Table]:
+    """What tasks without answers measured, and in other ways than the main table's."""
     for group in study.groups:
-        if group.place != place or group.scored or group is main_group or group.task not in ("fidelity", "ppl"):
+        if group.place != place or group.scored or group is study.divergence(place):
             continue
         lines = study.lines(group)
-        names = [n for n in ("perplexity", "kl") if n in lines[0].statistics]
-        rows = []
-        for line in lines:
-            fields = [method(line.method, line.frontier), Field(f"{line.bits:.2f}")]
-            fields += [_estimate(line.statistics[name], name) for name in names]
-            fields += [_judged(line.baseline), _judged(line.cheaper)]
-            rows.append(fields)
-        columns = [("method", ""), ("bits", "allocated per cached number"), *((_WORDS[n], "") for n in names)]
-        columns += [(f"to {study.baseline}", "paired"), ("to best cheaper", "paired")]
-        caption = f"{group.whole.items} windows ({group.about})."
-        strong = [line.frontier for line in lines]
-        title = f"{study.titles[group.number]}: {place}"
-        found.append(Table(f"table-{group.number}", title, columns, rows, strong, caption, (group.number,)))
-    return found
+        told = _shown(group, lines, "table")
+        if told:
+            told += [(KL, COMMON[KL])] if any(KL in line.statistics for line in lines.values()) else []
+            columns = [*_first(lines), *(_told(lines, group, *each) for each in told)]
+            columns.append(Column(f"to {study.baseline}", "paired", lambda m, all=lines: _marked(all[m].baseline)))
+            columns.append(Column("to best cheaper", "paired", lambda m, all=lines: _marked(all[m].cheaper)))
+            title, caption = f"{study.titles[group.number]}: {place}", f"{group.whole.items} items ({group.about})."
+            yield _table(f"table-{group.number}", title, columns, lines, caption, [group])
 
 
 def method(name: str, frontier: bool = False) -> Field:
@@ -152,101 +117,81 @@ def method(name: str, frontier: bool = False) -> Field:
     return Field(name, verdict="frontier" if frontier else "", colour="" if name == EXACT else look(name).colour)
 
 
-def _main(study: Study, row: Row, strip: Field, names: Sequence[str], recall, horizon) -> list[Field]:
-    line, kl = row.line, row.line.of("kl")
-    fields = [method(line.method, line.frontier), Field(f"{line.bits:.2f}"), strip, _estimate(kl, "kl")]
-    base = Field("", title="what others are compared with") if line.method == study.baseline else None
-    fields += [base or _ratio(kl, line.baseline), _ratio(kl, line.cheaper)]
-    fields += [_estimate(line.statistics.get(name), name) for name in names]
-    if recall:
-        fields.append(_score(row.recall, row.to_exact))
-    if horizon:
-        fields.append(_slope(row))
-        if "first_mismatch" in horizon.whole.entries[0].cell.values:
-            fields.append(_parting(row, horizon.settings.get("free_steps")))
-    return fields
+def _table(id_: str, title: str, columns: Sequence[Column], lines: Lines, caption: str, groups) -> Table:
+    rows = [[column.of(name) for column in columns] for name in lines]
+    heads = [(column.head, column.why) for column in columns]
+    return Table(id_, title, heads, rows, caption, tuple(group.number for group in groups))
 
 
-def _strip(name: str, kl: Estimate, floor: float | None, ends: tuple[float, float]) -> Field:
-    """Where a value lies on a logarithmic axis."""
+def _shown(group: Group, lines: Lines, where: str) -> list[tuple[str, Statistic]]:
+    """A task's own statistics that are told at a place, if any method has them."""
+    known = {name for line in lines.values() for name, found in line.statistics.items() if found is not None}
+    told = [(name, each) for name, each in kind_of(group.task).statistics.items() if name in known and each.word]
+    return [(name, each) for name, each in told if where in each.where]
+
+
+def _first(lines: Lines) -> list[Column]:
+    names = Column("method", "● nothing cheaper is as good", lambda name: method(name, lines[name].frontier))
+    bits = "allocated per cached number, measured from the storage"
+    return [names, Column("bits", bits, lambda name: Field(f"{lines[name].bits:.2f}"))]
+
+
+def _told(lines: Lines, group: Group, name: str, told: Statistic, tests: Mapping[str, Contrast] = {}) -> Column:
+    """A statistic, as it is read; that texts never part is no number."""
+    most = group.settings.get(told.bound)
+
+    def of(method: str) -> Field:
+        found = lines[method].statistics.get(name) if method in lines else None
+        if isinstance(found, Estimate) and most and found.value >= most:
+            return Field("never", f"in {most}")
+        if not isinstance(found, Estimate):
+            return Field(number(found))
+        text, small = (percent(found), spread(found)) if told.share else (number(found.value), interval(found))
+        return _marked(tests.get(method), text, small)
+
+    return Column(told.word, told.why, of)
+
+
+def _strip(lines: Lines, floor: float | None) -> Column:
+    """Where divergences lie on a logarithmic axis."""
+    known = [line.of(KL).value for line in lines.values() if line.of(KL).value > 0]
+    low, high = min([*known, floor or 1.0], default=1e-6) / 1.5, max(known, default=1.0) * 1.5
 
     def at(x: float | None) -> float:
-        inside = min(max(x or 0.0, ends[0]), ends[1])
-        return math.log(inside / ends[0]) / math.log(ends[1] / ends[0])
+        return math.log(min(max(x or 0.0, low), high) / low) / math.log(high / low)
 
-    if kl.value <= 0:
-        return Field("")
-    low, high = (kl.value, kl.value) if kl.low is None else (kl.low, kl.high)
-    return Field("", colour=look(name).colour, strip=(at(kl.value), at(low), at(high), at(floor) if floor else 0.0))
+    def of(name: str) -> Field:
+        value, *ends = lines[name].of(KL)
+        first, last = (value if end is None else end for end in ends)
+        band = at(floor) if floor else 0.0
+        return Field(colour=look(name).colour, strip=(at(value), at(first), at(last), band)) if value > 0 else Field()
 
-
-def _ratio(value: Estimate, contrast: Contrast | None) -> Field:
-    """How many times the other's, and whether the difference is real."""
-    if contrast is None:
-        return Field("")
-    other = value.value - contrast.difference.value
-    times = f" {number(value.value / other)}×" if other > 0 else ""
-    return Field(f"{MARKS[contrast.verdict]}{times}", verdict=contrast.verdict, title=contrast.words)
+    return Column("", "KL on a logarithmic axis; the band is rounding", of)
 
 
-def _judged(contrast: Contrast | None) -> Field:
-    return Field(MARKS[contrast.verdict], verdict=contrast.verdict, title=contrast.words) if contrast else Field("")
+def _ratio(lines: Lines, base: bool = False) -> Callable[[str], Field]:
+    """How many times the other's divergence, and whether the difference is real."""
+
+    def of(name: str) -> Field:
+        contrast, value = lines[name].baseline if base else lines[name].cheaper, lines[name].of(KL).value
+        other = value - contrast.difference.value if contrast else 0.0
+        return _marked(contrast, f"{number(value / other)}×" if other > 0 else "")
+
+    return of
 
 
-def _estimate(found: Any, name: str) -> Field:
-    if found is None:
-        return Field("")
-    if name == "agreement":
-        return Field(percent(found), spread(found))
-    return Field(number(found.value), interval(found)) if isinstance(found, Estimate) else Field(number(found))
+def _answers(study: Study, group: Group, why: str) -> Column:
+    lines, against = study.lines(group, SCORE), study.against_exact(group)
+
+    def of(name: str) -> Field:
+        score = lines[name].of(SCORE) if name in lines else None
+        return _marked(against.get(name), percent(score), spread(score), UP) if score else Field()
+
+    return Column(f"{study.titles[group.number]}, %", why, of)
 
 
-def _score(line: Line | None, contrast: Contrast | None) -> Field:
-    score = line and line.statistics.get("score")
-    if not isinstance(score, Estimate):
-        return Field("")
-    return _marked(percent(score), spread(score), contrast, UP)
-
-
-def _parting(row: Row, most: int | None) -> Field:
-    """Where texts part, on average; that they never do is no number."""
-    found = row.horizon and row.horizon.statistics.get("first_mismatch")
-    if isinstance(found, Estimate) and most and found.value >= most:
-        return Field("never", f"in {most}")
-    return _estimate(found, "first_mismatch")
-
-
-def _slope(row: Row) -> Field:
-    slope = row.horizon and row.horizon.statistics.get("slope")
-    if not isinstance(slope, Estimate):
-        return Field("")
-    return _marked(number(slope.value), interval(slope), row.growth, MARKS)
-
-
-def _marked(text: str, small: str, contrast: Contrast | None, marks: dict[str, str]) -> Field:
+def _marked(contrast: Contrast | None, text: str = "", small: str = "", marks: Mapping[str, str] = MARKS) -> Field:
     """A number behind its verdict."""
     if contrast is None:
         return Field(text, small)
-    return Field(f"{marks[contrast.verdict]} {text}", small, contrast.verdict, contrast.words)
-
-
-def _first(by_group: Sequence[dict[str, Line]], name: str) -> tuple[float, str]:
-    """A method's bits on the first task that knows it."""
-    return next(lines[name].bits for lines in by_group if name in lines), name
-
-
-_SPREAD = {
-    "kl_median": ("median", "of all scored tokens, from bins of 12 %"),
-    "kl": ("mean", ""),
-    "kl_99.9%": ("99.9 %", "of all scored tokens, from bins of 12 %"),
-    "kl_max": ("largest", "of any scored token"),
-    "kl_inside": ("nothing packed", "tokens scored while all was exact still, mean of windows"),
-    "kl_beyond": ("packed", "tokens scored when some were packed, mean of windows"),
-    "kl_last": ("last quarter", "of the scored tokens, mean of windows"),
-}
-_WORDS = {"perplexity": "perplexity", "kl": "KL, nats", "agreement": "same first, %", "kl_99.9%": "KL, 99.9 %"}
-_WHY = {
-    "kl_99.9%": "of all scored tokens, from bins of 12 %",
-    "perplexity": "of the scored tokens",
-    "agreement": "share of tokens where both put the same one first",
-}
+    return Field(f"{marks[contrast.verdict]} {text}".strip(), small, contrast.verdict, contrast.words)

@@ -1,0 +1,1 @@
+"""One file per task: it registers itself with its options, statistics, words and figures."""
