@@ -139,3 +139,18 @@ def test_the_tree_names_what_exists_and_every_room():
     package = ROOT / "src" / "kvist"
     rooms = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in package.rglob("*.py")}
     assert rooms <= set(named), rooms - set(named)
+
+
+def words() -> list[tuple[str, list[str]]]:
+    """The glossary: a word of the field, and the files where it is said to stand."""
+    page = (ROOT / "docs" / "nouns.md").read_text()
+    lines = page.split("| the field |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [line.strip("|").split("|") for line in lines]
+    files = [re.findall(r"\]\(\.\./([^)]+)\)", row[2]) for row in rows]
+    return [(word.strip(), where) for row, where in zip(rows, files, strict=True) for word in re.split("[,;(]", row[0])]
+
+
+@pytest.mark.parametrize(("word", "files"), words())
+def test_a_word_of_the_field_is_found_where_the_glossary_says(word, files):
+    said = " ".join(" ".join((ROOT / file).read_text().split()) for file in files)
+    assert word.strip(" )").lower() in said.lower()
