@@ -1,5 +1,6 @@
 """What the README and the docs say is true: the catalogue, the links, the code, the tree."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import kvist
+import kvist.methods
+import kvist.testing
 from kvist.models.compat import CACHE_KEYWORD
 
 ROOT = Path(__file__).parents[1]
@@ -18,15 +22,24 @@ BLOCKS = PYTHON.findall(README)
 TREE = re.search(r"^```text\n(src/kvist/.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
 
 
-@pytest.fixture(scope="module")
-def generator():
-    """dev/readme.py as a module."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "dev" / "readme.py")
+def script(name: str):
+    """A file of dev/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "dev" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "dev")
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return script("readme")
+
+
+@pytest.fixture(scope="module")
+def api():
+    return script("api")
 
 
 def in_tree() -> list[str]:
@@ -154,3 +167,39 @@ def words() -> list[tuple[str, list[str]]]:
 def test_a_word_of_the_field_is_found_where_the_glossary_says(word, files):
     said = " ".join(" ".join((ROOT / file).read_text().split()) for file in files)
     assert word.strip(" )").lower() in said.lower()
+
+
+def test_the_public_names_are_documented_as_their_docstrings_say(api):
+    assert api.PAGE.read_text() == api.page(), "run python dev/api.py"
+    rooms = {"kvist": kvist, "kvist.methods": kvist.methods, "kvist.testing": kvist.testing}
+    for title, (room, names) in api.SECTIONS.items():
+        for name, file in names.items():
+            module = importlib.import_module(
+                f"kvist.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+            )
+            found = getattr(rooms.get(room, module), name)
+            assert found is getattr(module, name), (title, name)
+    for room in ("kvist", "kvist.testing"):
+        documented = {name for section, names in api.SECTIONS.values() if section == room for name in names}
+        assert documented == set(rooms[room].__all__)
+
+
+def test_what_is_inner_is_not_documented_and_nothing_is_forgotten(api):
+    page = api.page()
+    for name in vars(kvist.Cache):
+        public = callable(getattr(kvist.Cache, name)) and not name.startswith("_") and name not in api.INNER["Cache"]
+        assert (f"- `{name}(" in page.split("### kvist.attach")[0]) == public or not callable(
+            getattr(kvist.Cache, name)
+        )
+
+
+def test_a_name_without_a_docstring_is_refused(api, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "ROOT", tmp_path)
+    (tmp_path / "src" / "kvist").mkdir(parents=True)
+    (tmp_path / "src" / "kvist" / "some.py").write_text(
+        'def bare(): ...\nclass A:\n    """An A."""\n    def b(self): ...\n'
+    )
+    with pytest.raises(ValueError, match=r"some\.py has no bare with a docstring"):
+        api.definition("some.py", "bare")
+    with pytest.raises(ValueError, match=r"A\.b has no docstring"):
+        api.entry("A", "some.py", api.definition("some.py", "A"))
