@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks import device_time, end_to_end, goals, gpu, headline, kernel_contenders, kernel_gate, kernels, roofline
 from benchmarks.kernel_storage import Shape, filled, kernel, queries, read, step, twins
@@ -223,7 +224,7 @@ def test_a_standing_cache_is_a_cache_without_its_oldest_token():
     with torch.no_grad():
         found = model(input_ids=token, position_ids=at, **cache_argument(cache)).logits
         again = model(input_ids=token, position_ids=at, **cache_argument(cache)).logits
-        grown = end_to_end.generation.DynamicCache()
+        grown = DynamicCache()
         grown.update(*(x[:, :, :40].clone() for x in (cache.layers[0].keys, cache.layers[0].values)), 0)
         expected = model(input_ids=token, position_ids=at, **cache_argument(grown)).logits
     assert torch.equal(found, again) and torch.equal(found, expected)
