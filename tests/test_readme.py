@@ -1,9 +1,11 @@
 """What the README and the docs say is true: the catalogue, the links, the code, the tree."""
 
+import ast
 import importlib
 import importlib.util
 import json
 import re
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = PYTHON.findall(README)
-TREE = re.search(r"^```text\n(src/kvist/.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+TEXT = re.compile(r"^```text\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def script(name: str):
@@ -42,17 +45,20 @@ def api():
     return script("api")
 
 
-def in_tree() -> list[str]:
-    """Paths that the README's tree names, folders with a slash at the end, relative to the repository."""
+def in_tree(page: str) -> list[str]:
+    """Paths that the tree of a page names, folders with a slash at the end, relative to the repository."""
+    (tree,) = (block for block in TEXT.findall(page) if block.startswith("src/kvist/"))
     folders, found = [], []
-    for line in TREE.splitlines():
-        name = line.split("  #")[0].rstrip()
-        depth = (len(name) - len(name.lstrip())) // 2
-        for part in name.split(", "):
-            path = "".join(folders[:depth]) + part.strip()
-            found.append(path)
+    for line in tree.splitlines():
+        name, remark = (part.strip() for part in f"{line}  #".split("  #")[:2])
+        depth = (len(line) - len(line.lstrip())) // 2
+        assert remark or not found, f"{name} has no remark"
+        found.append("".join(folders[:depth]) + name)
         if name.endswith("/"):
-            folders[depth:] = [name.strip()]
+            folders[depth:] = [name]
+    assert len(set(found)) == len(found)
+    for path in found:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     return found
 
 
@@ -143,15 +149,43 @@ def test_the_block_that_adds_a_method_makes_one():
         del registry.METHODS[name]
 
 
-def test_the_tree_names_what_exists_and_every_room():
-    named = in_tree()
-    assert len(named) > 20 and len(set(named)) == len(named)
-    for path in named:
-        where = ROOT / path
-        assert where.is_dir() if path.endswith("/") else where.is_file(), path
-    package = ROOT / "src" / "kvist"
-    rooms = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in package.rglob("*.py")}
-    assert rooms <= set(named), rooms - set(named)
+def rooms() -> set[str]:
+    return {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in (ROOT / "src" / "kvist").rglob("*.py")}
+
+
+def test_the_readme_names_every_room():
+    named = in_tree(README)
+    assert rooms() <= set(named), rooms() - set(named)
+    assert len(named) <= 30
+
+
+def test_the_architecture_names_every_file():
+    named = set(in_tree(ARCHITECTURE))
+    sources = {path for end in ("py", "cu", "cuh") for path in (ROOT / "src" / "kvist").rglob(f"*.{end}")}
+    inner = {path.relative_to(ROOT).as_posix() for path in sources if path.name != "__init__.py"}
+    assert inner | rooms() <= named, (inner | rooms()) - named
+
+
+def test_the_stairs_are_those_that_are_checked():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    checked = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    drawn = [[line.split("  #")[0].strip() for line in block.splitlines()] for block in TEXT.findall(ARCHITECTURE)]
+    for layers in checked:
+        assert [re.sub(r"kvist\.(kernels\.)?", "", layer) for layer in layers] in drawn
+
+
+WALKS = re.findall(r"\[`([\w.]+)`\]\(\.\./(src/[^)]+)\)", ARCHITECTURE)
+
+
+@pytest.mark.parametrize(("name", "file"), WALKS)
+def test_a_stop_of_the_walks_is_where_it_is_said_to_be(name, file):
+    made = {node.name: node for node in ast.parse((ROOT / file).read_text()).body if hasattr(node, "name")}
+    room, _, last = name.rpartition(".")
+    if room in made:
+        assert last in {node.name for node in made[room].body if hasattr(node, "name")}
+    else:
+        inside = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")}
+        assert last in inside and room.split(".")[-1] in ("", Path(file).stem)
 
 
 def words() -> list[tuple[str, list[str]]]:
