@@ -50,8 +50,8 @@ SECTIONS = {  # title: (module as it is imported, {name: file})
 INNER = {"Cache": {"hear", "finish", "ours"}}  # called by hooks, or read by the rooms above
 ABOUT = """# The public names
 
-Made from the docstrings by `python dev/api.py`; a test holds it to them. A tensor's shape is written (B, H, T, D): rows,
-heads, tokens, channels. What is not here may change in any release ([versions](start.md#versions)).
+Made from the docstrings by `python dev/api.py`; a test holds it to them. Shapes of tensors are written (B, H, T, D):
+rows, heads, tokens, channels. What is not here may change in any release ([versions](start.md#versions)).
 """
 
 

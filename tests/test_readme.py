@@ -5,20 +5,23 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import kvist
 import kvist.methods
 import kvist.testing
+from kvist.cli.app import app
 from kvist.models.compat import CACHE_KEYWORD
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CHANGELOG.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = PYTHON.findall(README)
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -60,6 +63,35 @@ def in_tree(page: str) -> list[str]:
     for path in found:
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     return found
+
+
+def commands(page: str) -> list[tuple[str, ...]]:
+    """The lines of a page's shell blocks that call kvist, as words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [tuple(shlex.split(line, comments=True)[1:]) for line in lines if line.startswith("kvist ")]
+
+
+@pytest.mark.parametrize("words", sorted({words for page in PAGES for words in commands(page)}), ids=" ".join)
+def test_a_command_and_its_options_exist(words):
+    command = get_command(app)
+    words = list(words)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    if command.name == "lm-eval":  # whose options are its own
+        return
+    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+    known |= {"--help", "-h"}
+    for word in words:
+        assert not re.match(r"--?[a-z]", word) or word.partition("=")[0] in known, word
+
+
+def test_the_makefile_has_what_is_named():
+    targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = {word for line in targets for word in line.split()}
+    for page in PAGES:
+        for target in re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE):
+            assert target in targets, (page, target)
 
 
 def test_the_catalogue_is_up_to_date(generator):
@@ -237,3 +269,11 @@ def test_a_name_without_a_docstring_is_refused(api, tmp_path, monkeypatch):
         api.definition("some.py", "bare")
     with pytest.raises(ValueError, match=r"A\.b has no docstring"):
         api.entry("A", "some.py", api.definition("some.py", "A"))
+
+
+def test_the_changelog_knows_this_version():
+    changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[:2] == ["Unreleased", f"{kvist.__version__},"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"version: {kvist.__version__}\n" in citation and project["version"] == kvist.__version__
