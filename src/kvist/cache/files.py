@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvist import __version__, stranger
+from kvist import stranger
 from kvist.atomic import replacing
 from kvist.cache import foreign
 from kvist.cache.layer import Layer
@@ -160,8 +160,8 @@ def _header(path: Path, about: dict[str, str]) -> Header:
     except ValueError as error:
         raise ValueError(f"{path} is no cache that kvist wrote: {error}; make the cache anew") from None
     raise ValueError(
-        f"{path} is a cache of format {version}, and kvist {__version__} reads format {FORMAT}; read the text again "
-        "and save the cache anew, or use the release that wrote it"
+        f"{path} is a cache of format {version}, and this release of kvist reads format {FORMAT}; read the text "
+        "again and save the cache anew, or use the release that wrote it"
     )
 
 
