@@ -230,7 +230,7 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a recipe's JSON file."""
+        """Read a recipe's JSON file. Raises ValueError in one sentence."""
         try:
             data = stranger.read_json(path)
         except ValueError as error:

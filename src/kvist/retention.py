@@ -1,4 +1,4 @@
-"""Which tokens wait in full precision: integers only.
+"""Which tokens wait in full precision (residual window, attention sinks): integers only.
 
 A rule sees a row of tokens behind its sinks, numbered from 0. `advance` says how far packing may go; `pins` says which
 packed tokens are kept exact as well. The cache calls `advance` once per update, with the length *before* it, and

@@ -117,7 +117,7 @@ UNTRUE = {
     "fewer layers": (lambda header: header["layers"].pop() and None, "1 layers, the model 2"),
     "empty": (lambda header: {}, "Field required"),
     "a list": (lambda header: [1], "expected named fields, found"),
-    "format": (lambda header: header.update(format=2), "cache format 2, kvist reads 3"),
+    "format": (lambda header: header.update(format=2), "is a cache of format 2, and this release"),
     "no recipe": (lambda header: header.pop("recipe") and None, "recipe: Field required"),
     "unknown": (lambda header: header.update(surprise=1), "surprise: Extra inputs"),
     "not a number": (lambda header: header.update(slots=float("nan")), "the number NaN"),

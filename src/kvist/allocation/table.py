@@ -1,4 +1,4 @@
-"""A table of widths per layer and side, as JSON that a person can read and edit."""
+"""A table of widths per layer and side (mixed precision), as JSON that a person can read and edit."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -18,7 +18,7 @@ WARM_UP = 2  # forwards before the capture: kernels are compiled, and libraries 
 
 
 class Captured:
-    """Decode steps of a model over a cache that holds a prompt, for up to `tokens` more tokens per row.
+    """Decode steps of a model as a CUDA graph, over a cache that holds a prompt: up to `tokens` more per row.
 
     Room for all of them is reserved at once, and stays. `close()`, or the end of a `with`, gives model and cache back
     for ordinary use. Raises ValueError where a layer's steps cannot be captured, with the reasons.

@@ -212,6 +212,8 @@ class Cache(TransformersCache):
 
     @torch.compiler.disable  # a graph ends here: pages and kernels are nothing that a compiler could trace
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Store keys and values (B, H, T, D) of a layer; what attention is to read of all its slots, tensors or handles
+        that decode themselves. Called by the model. ValueError where the tokens were not announced."""
         if layer_idx >= len(self.describes.kinds):
             raise ValueError(
                 f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
@@ -240,6 +242,7 @@ class Cache(TransformersCache):
         return getattr(self._config, "_attn_implementation", None)
 
     def reset(self) -> None:
+        """Forget everything and free the storage."""
         self._free()
         self.guard.reset()
         self.rows.runs, self.rows.slots, self._odd_step, self.upcoming = [], 0, None, []
@@ -270,12 +273,15 @@ class Cache(TransformersCache):
         self.upcoming = [position - remove for position in self.upcoming]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row beam_idx[i] was; full pages are shared, not copied."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; a row may be named more than once."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side; full pages are shared, not copied."""
         self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
     def _select(self, indices: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The exact tokens of one side of one layer: sinks, a ring of recent tokens, and pins."""
+"""The exact tokens of one side of one layer: attention sinks, a ring of recent tokens (residual window), and pins."""
 
 from collections.abc import Sequence
 

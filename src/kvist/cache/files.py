@@ -153,13 +153,16 @@ def _header(path: Path, about: dict[str, str]) -> Header:
     try:
         found = stranger.parse(about["kvist"])
         version = found.get("format") if isinstance(found, dict) else None
-        if type(version) is int and version != FORMAT:
-            raise ValueError(f"it has cache format {version}, kvist reads {FORMAT}")
-        return Header.model_validate(found)
+        if type(version) is not int or version == FORMAT:
+            return Header.model_validate(found)
     except ValidationError as error:
         raise ValueError(f"{path} is no cache that kvist wrote: {stranger.said(error)}; make the cache anew") from None
     except ValueError as error:
         raise ValueError(f"{path} is no cache that kvist wrote: {error}; make the cache anew") from None
+    raise ValueError(
+        f"{path} is a cache of format {version}, and this release of kvist reads format {FORMAT}; read the text "
+        "again and save the cache anew, or use the release that wrote it"
+    )
 
 
 def _checked(cache, header: Header, found: dict) -> list[SavedLayer | dict]:

@@ -1,4 +1,4 @@
-"""The tokens of a layer that are not packed on both sides, gathered for attention: exact ones, in any order.
+"""The residual tokens of a layer, those not packed on both sides, gathered for attention: exact ones, in any order.
 
 Softmax attention does not care about order, so the rings are used as they lie; only what one side has packed and the
 other has not, at most a window of tokens, is decoded.

@@ -1,7 +1,7 @@
 """Paged storage of one side of one layer: one pool tensor per array, written in place, shared by all rows.
 
-A row reaches its pages through a table; a page that several rows share is counted, and copied before one of them
-writes into it. A full page is never written again.
+A paged KV cache: a row reaches its pages (blocks) through a page table (block table); a page that several rows share is
+counted, and copied before one of them writes into it (copy on write). A full page is never written again.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One tensor in, one packed value out, and back: five parts and their composition."""
+"""Quantization: one tensor in, one packed value out, and back: five parts and their composition."""
 
 from kvist.coding.codec import Codec
 from kvist.coding.grouping import Grouping

@@ -141,7 +141,7 @@ class Codec(Part):
         return specs
 
     def encode(self, x: Tensor, at: Tensor | None = None) -> Arrays:
-        """Values, any float type, to arrays. Every token is encoded by itself or with its group, never again.
+        """Quantize: values, any float type, to arrays. Every token is encoded by itself or with its group, never again.
 
         at (..., T): the positions of the tokens, for transforms that are not fixed. Beside what is stored, a fixed
         range gives "clipped", an int64 number: entries beyond their range that found no slot.
@@ -198,8 +198,8 @@ class Codec(Part):
         return sum((x.abs() == FLOAT16_MAX).sum() for x in stored)
 
     def decode(self, arrays: Arrays, at: Tensor | None = None, *, inverse: bool = True) -> Tensor:
-        """Arrays to values (..., H, T, D): fp32, or as stored where nothing was coded. Without `inverse` a fixed
-        transform is left in place: attention reads the values there. at (..., T): as for `encode`."""
+        """Dequantize: arrays to values (..., H, T, D), fp32, or as stored where nothing was coded. Without `inverse` a
+        fixed transform is left in place: attention reads the values there. at (..., T): as for `encode`."""
         if self.raw:
             return arrays["values"]
         codes = arrays["codes"]
@@ -231,7 +231,7 @@ class Codec(Part):
         return x.unflatten(-2, (-1, self.granule))
 
     def _affine(self, arrays: Arrays, dim: int) -> tuple[Tensor, Tensor]:
-        """Stored scale and offset, broadcasting against `_entries`."""
+        """Stored scale and offset (zero point, as a value), broadcasting against `_entries`."""
         scale = arrays["scale"].float()
         if "offset" in arrays:
             offset = arrays["offset"].float()

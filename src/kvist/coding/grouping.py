@@ -1,4 +1,4 @@
-"""Who shares a scale: a run of neighbours along tokens or along channels."""
+"""Who shares a scale (group size, per channel, per token): a run of neighbours along tokens or along channels."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Where a normalised value can sit: the ladder of points."""
+"""Where a normalised value can sit: the ladder of quantization levels."""
 
 import math
 from functools import cached_property
@@ -13,7 +13,8 @@ from kvist.types import Part
 
 
 class Uniform(Part):
-    """2^b evenly spaced points: offset + scale·code, offset the lowest point (KIVI section 3; KVmix section 3.3)."""
+    """An integer grid, 2^b evenly spaced points: offset + scale·code, offset the lowest point (KIVI section 3; KVmix
+    section 3.3)."""
 
     kind: Literal["uniform"] = "uniform"
     bits: Literal[1, 2, 3, 4, 8]
@@ -36,8 +37,9 @@ class Uniform(Part):
 
 
 class Table(Part):
-    """2^b points in [-1, 1], anywhere (KVQuant section 3.3). `read`, when given, are the points used on reading
-    instead (its Q-Norm moves reconstruction points and keeps decision boundaries). No points before they are fitted."""
+    """A codebook (nuq): 2^b points in [-1, 1], anywhere (KVQuant section 3.3). `read`, when given, are the points used
+    on reading instead (its Q-Norm moves reconstruction points and keeps decision boundaries). No points before they are
+    fitted."""
 
     kind: Literal["table"] = "table"
     bits: Literal[1, 2, 3, 4, 5]

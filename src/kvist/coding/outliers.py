@@ -20,9 +20,9 @@ class NoOutliers(Part):
 
 
 class Slots(Part):
-    """A fixed number of exact entries per token, over all heads (KVQuant section 3.4), in fp16 with their channel,
-    sorted by channel. Every slot is used: an entry that a threshold would have kept dense is kept exact where there is
-    room.
+    """Dense-and-sparse: a fixed number of exact entries per token, over all heads (KVQuant section 3.4), in fp16 with
+    their channel, sorted by channel. Every slot is used: an entry that a threshold would have kept dense is kept exact
+    where there is room.
 
     Given as `slots`, or as a `share` of the channels of all heads: then share/2, rounded up, on each side, as
     published. rank "sides": the lowest and the highest half; "largest": the largest magnitudes, for numbers that were

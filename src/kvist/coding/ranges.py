@@ -1,4 +1,4 @@
-"""How the scale of a group is found."""
+"""How the scale and offset (zero point) of a group are found."""
 
 import math
 from functools import cached_property

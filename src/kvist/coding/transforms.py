@@ -1,5 +1,5 @@
-"""In which space a tensor is measured. `fixed`: the same map at every position, so that attention may apply it to the
-query (keys) or the output (values) instead of to what is stored."""
+"""In which space a tensor is measured (rotated, pre-RoPE). `fixed`: the same map at every position, so that attention
+may apply it to the query (keys) or the output (values) instead of to what is stored."""
 
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal

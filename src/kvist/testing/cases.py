@@ -43,7 +43,9 @@ def _named() -> list[str]:
 
 
 CASES = _named()
+"""Texts of methods with small windows, several per method; one that is not listed comes as it is."""
 EACH = [next(text for text in CASES if text.split()[0].split(":")[0] == name) for name in methods.names()]
+"""The first case of each method."""
 
 
 def recipe(text: str, dim: int = 32, **changes) -> Recipe:

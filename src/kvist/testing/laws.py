@@ -130,6 +130,7 @@ LAWS: tuple[Callable[[Recipe], None], ...] = (
     every_token_is_in_one_place,
     json_and_back,
 )
+"""What every method obeys: functions of a recipe that raise AssertionError."""
 
 
 def _packed(layer: Layer) -> list[tuple[int, dict[str, Tensor]]]:

@@ -1,1 +1,1 @@
-"""On NVIDIA GPUs: the fast decode kernel, compiled at run time."""
+"""On NVIDIA GPUs: the fast decode kernel (split-KV), compiled at run time."""

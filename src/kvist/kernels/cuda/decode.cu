@@ -1,4 +1,4 @@
-// A decode step in one launch, straight from planar pages: packed spans, exact tokens, and the merge.
+// A decode step in one launch (split-KV), straight from planar pages: packed spans, exact tokens, and the merge.
 //
 // As many blocks as the device holds at once share all units of work; a block whose share ends inside a row and head
 // leaves a partial result, and the last to arrive there merges.

@@ -1,4 +1,4 @@
-"""Coding and decoding on a CPU: to the bit what the reference in `coding` gives.
+"""Coding (quantize) and decoding (dequantize) on a CPU: to the bit what the reference in `coding` gives.
 
 Encoding takes up to three passes over a tile: outliers are found; the extremes of each group are measured, and
 narrowed to fp16; entries are divided, rounded and packed. Decoding takes one. The Hadamard rotation is here

@@ -1,7 +1,7 @@
 """Attention over a stretch of keys and values, with its log-sum-exp, and the merge of such parts. The reference.
 
 Softmax attention over a set of tokens is determined by its normalised output and the log of its normaliser; two
-disjoint sets combine exactly from these two numbers. All arithmetic is fp32.
+disjoint sets combine exactly from these two numbers (split-KV, flash-decoding). All arithmetic is fp32.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Small integers to bytes and back. The only place that knows the order of codes inside a page.
+"""Small integers to bytes and back: bit packing. The only place that knows the order of codes inside a page.
 
 Order: *planar*. A run of n codes of b bits becomes n·b/8 bytes; byte w holds, from its low bits up, the codes
 w, w+W, w+2W, … with W = n·b/8. Neighbouring bytes therefore hold neighbouring codes at the same shift, so that both a

@@ -1,4 +1,5 @@
-"""Grouped scale-and-round and its inverse. The reference; every fast version must give the same codes."""
+"""Grouped scale-and-round (quantize) and its inverse (dequantize). The reference: every fast version must give the same
+codes."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Decode attention in one launch: packed pages, the exact tokens beside them, and the merge of all parts. Triton.
+"""Decode attention in one launch (split-KV): packed pages, the exact tokens beside them, their merge. Triton.
 
 Programs share the tokens of a row and KV head: `splits` of them read packed pages, the others a few loose tokens each:
 sinks, recent ones, those that one side alone has packed (decoded here), and pins. Each leaves its part, attention with

@@ -1,4 +1,4 @@
-"""Coding, decoding and rotating in Triton: to the bit what the reference in `coding` gives.
+"""Coding (quantize), decoding (dequantize) and rotating in Triton: to the bit what the reference in `coding` gives.
 
 A program codes a tile of tokens of one head; where one range spans all heads, a tile of all of them.
 """
