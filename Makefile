@@ -25,7 +25,7 @@ demo: $(VENV)/ready
 	$(BIN)/kvist demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --durations=15
 	$(MAKE) narrow
 
 # The numerical tests as on older processors of this kind; NUMERICAL= runs all tests so.

@@ -86,30 +86,39 @@ def agree(found, expected, rounding=4e-3):
     assert error <= rounding, f"{error:.2e}"
 
 
-@pytest.mark.parametrize("bulk", [1, 0, 2], ids=["bulk", "plain", "mixed"])
+CELLS = [
+    ("kivi:2", (700, 1, 1)),
+    ("kivi:4 recent=32 sinks=3", (430, 1)),
+    ("kivi k=4 v=2 group=64", (430, 1)),
+    ("kivi k=2 v=4 group=128 recent=128", (600, 1)),
+    ("kivi:2 recent=32 values=block", (300, 1)),
+    ("kivi:3 group=64", (430, 1)),
+    ("kivi k=1 v=8 recent=32", (300, 1)),
+    ("kivi k=8 v=3 recent=32", (300, 1)),
+    ("kivi k=2 v=1 recent=32", (300, 1)),
+    ("int4", (300, 1)),
+    ("int8", (200, 1)),
+    ("hadamard:4", (300, 1)),
+    ("hadamard:2", (300, 1, 1)),
+    *((f"kvquant:{bits} keys=post-rope outliers=0", (300, 1)) for bits in (2, 3, 4)),
+]
+BULK, PLAIN, MIXED = 1, 0, 2  # how a warp copies; what it copies does not depend on it
+
+
 @pytest.mark.parametrize(
-    ("text", "updates"),
-    [
-        ("kivi:2", (700, 1, 1)),
-        ("kivi:4 recent=32 sinks=3", (430, 1)),
-        ("kivi k=4 v=2 group=64", (430, 1)),
-        ("kivi k=2 v=4 group=128 recent=128", (600, 1)),
-        ("kivi:2 recent=32 values=block", (300, 1)),
-        ("kivi:3 group=64", (430, 1)),
-        ("kivi k=1 v=8 recent=32", (300, 1)),
-        ("kivi k=8 v=3 recent=32", (300, 1)),
-        ("kivi k=2 v=1 recent=32", (300, 1)),
-        ("int4", (300, 1)),
-        ("int8", (200, 1)),
-        ("hadamard:4", (300, 1)),
-        ("hadamard:2", (300, 1, 1)),
-        *((f"kvquant:{bits} keys=post-rope outliers=0", (300, 1)) for bits in (2, 3, 4)),
+    ("text", "updates", "copies"),
+    [(*cell, BULK) for cell in CELLS]
+    + [
+        (*cell, copies)
+        for cell in CELLS
+        if cell[0] in ("kivi:2", "kivi:3 group=64", "int8")
+        for copies in (PLAIN, MIXED)
     ],
 )
-def test_one_launch_is_the_merge_of_all_parts(text, updates, bulk, build):
+def test_one_launch_is_the_merge_of_all_parts(text, updates, copies, build):
     torch.manual_seed(len(text))
     layer = filled(text, updates)
-    agree(*attended(build, layer, torch.randn(2, 6, 1, DIM), bulk=bulk))
+    agree(*attended(build, layer, torch.randn(2, 6, 1, DIM), bulk=copies))
 
 
 @pytest.mark.parametrize("text", ["kivi:2", "kivi:4", "kivi:3", "int4", "hadamard:4"])
