@@ -9,15 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from dials import SEQUENCES, STRANGERS
 from hypothesis import HealthCheck, settings
 from interpreter import DEVICE
 
 with warnings.catch_warnings():  # of libraries that transformers imports where they are installed
     warnings.simplefilter("ignore")
     import transformers.cache_utils  # noqa: F401
-
-SEQUENCES = 2000  # of the state machine, over all its methods
-STRANGERS = 2000  # changed files, over all doors
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 _common = {"deadline": None, "suppress_health_check": _slow, "derandomize": True, "database": None}

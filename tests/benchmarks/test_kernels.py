@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import kernels_interpreted  # noqa: F401  # before the benchmarks
 import pytest
 import torch
 from transformers import DynamicCache

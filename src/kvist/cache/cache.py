@@ -113,6 +113,8 @@ class Cache(TransformersCache):
 
     def hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """A forward of the model begins. Called by the hook; `announce` says the same of what no module computes."""
+        if self.steps is not None:
+            return  # planned already, by whoever captured them
         begun = self.guard.marked(self.upcoming)
         self.announce(batch, slots, mask, positions)
         self.guard.begun = begun

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvist.cache.rows import Rows, SlotMap
 from kvist.cache.track import Track
+from kvist.kernels.contract import Request
 from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
 
@@ -55,7 +56,6 @@ class Store:
             Track(side, self.plan, self.shape, dim, self.page, batch, self.reserve, self.device, self.rows)
             for side, dim in sides
         )
-        self.request = self.plan.request(self.shape, self.page, self.device)
         self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
         self.fit(0)
         self.made = True
@@ -66,7 +66,11 @@ class Store:
             for track in self.tracks:
                 track.to(device)
             self.device, self._skip = device, None
-            self.request = self.plan.request(self.shape, self.page, device)
+
+    @property
+    def request(self) -> Request:
+        """What this storage asks of kernels; a call adds what it knows."""
+        return self.plan.request(self.shape, self.page, self.device)
 
     @property
     def tracks(self) -> tuple[Track, Track]:
