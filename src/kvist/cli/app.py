@@ -1,5 +1,6 @@
 """The program `kvist` and its verbs."""
 
+import logging
 import os
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def kvist(
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
+    for library in ("torchao", "torch.utils._pytree"):  # what it lacks on this machine is not the user's matter
+        logging.getLogger(library).setLevel(logging.DEBUG if debug else logging.ERROR)
     if ctx.invoked_subcommand != "bench":
         # OpenMP's idle threads spin for milliseconds on cores that the packed attention wants. It must be said before
         # torch is loaded; the benchmarks measure what a user has by default.
