@@ -21,7 +21,7 @@ from kvist.attention import attach
 from kvist.baselines import held
 from kvist.cache.cache import Cache
 from kvist.demo.documents import Document
-from kvist.evaluate.contenders import fill
+from kvist.evaluate.contenders import cut, fill
 from kvist.evaluate.generation import ends, forward, states_of, steps
 from kvist.evaluate.tokenwise import Exact, Tokens, compared, joined
 from kvist.models.adapter import describe
@@ -106,11 +106,7 @@ def read(model, document: Document) -> Read:
     forward(model, cache, ids[:, :first], mask[:, :first], 1)
     logits = forward(model, cache, ids[:, first:], mask)
     states = states_of(cache)
-    return Read(document, states, Exact(ids, mask, first, _until(states, first), logits))
-
-
-def _until(states: States, length: int) -> States:
-    return [(keys[:, :, :length], values[:, :, :length]) for keys, values in states]
+    return Read(document, states, Exact(ids, mask, first, cut(states, first), logits))
 
 
 @contextmanager
