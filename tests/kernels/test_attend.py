@@ -95,6 +95,14 @@ def test_a_query_that_sees_nothing():
     assert torch.equal(merged.lse, partial.lse)
 
 
+@pytest.mark.parametrize(("batch", "queries", "tokens"), [(2, 5, 0), (0, 5, 33), (2, 0, 33), (0, 0, 0)])
+def test_nothing_attends_to_nothing(batch, queries, tokens):
+    q, k, v = tensors(5, batch=batch, queries=queries, tokens=tokens, value_dim=40)
+    partial = attend(q, k, v, 0.3, visible=torch.ones(batch, 1, queries, tokens, dtype=torch.bool))
+    assert torch.equal(partial.out, torch.zeros(batch, 6, queries, 40))
+    assert torch.equal(partial.lse, torch.full((batch, 6, queries), -torch.inf if tokens == 0 else 0.0))
+
+
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(0, 33), max_size=6), order=st.randoms(use_true_random=False), seed=st.integers(0, 999))
 def test_merge_of_any_split_in_any_order_is_the_whole(cuts, order, seed):

@@ -26,11 +26,12 @@ def attend(
     `visible`, bool, and `bias`, additive, broadcast to (B, 1 or Hq, M, N). Invisible keys may hold anything, NaN
     included; invisible values must be finite. A query that sees nothing gets zeros and lse = -inf.
     """
-    batch, heads, queries, _ = q.shape
-    kv_heads = k.shape[1]
-    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
+    batch, heads, queries, dim = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    rows = heads // kv_heads * queries  # spelled out: with no tokens, or no rows, torch could not tell what -1 is
+    grouped = q.float().reshape(batch, kv_heads, rows, dim)
     scores = torch.matmul(grouped, k.float().transpose(-1, -2)).mul_(scale)
-    scores = scores.view(batch, heads, queries, -1)
+    scores = scores.view(batch, heads, queries, tokens)
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
     if bias is not None:
@@ -39,8 +40,8 @@ def attend(
         scores = scores.masked_fill_(~visible, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = scores.sub_(lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp_()
-    out = torch.matmul(weights.view(batch, kv_heads, -1, weights.shape[-1]), v.float())
-    return Partial(out.view(batch, heads, queries, -1), lse)
+    out = torch.matmul(weights.view(batch, kv_heads, rows, tokens), v.float())
+    return Partial(out.view(batch, heads, queries, v.shape[-1]), lse)
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
