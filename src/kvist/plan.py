@@ -6,6 +6,7 @@ checked to the byte.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +92,12 @@ class LayerPlan(Part):
     def pinned(self) -> bool:
         """Whether packed tokens may be kept exact as well."""
         return any(side.retention.most_pins for side in self.sides)
+
+    @cached_property
+    def schedule(self) -> tuple:
+        """All that says when tokens are packed, and for what positions: layers that share it take the same steps."""
+        rotary = self.key.codec.transform if not self.key.codec.transform.fixed else None
+        return *((side.retention, side.codec.granule) for side in self.sides), rotary
 
     @property
     def granule(self) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvist.cache.schedule import pin
+
 
 class Exact:
     """Tokens as they are stored while exact. Position p behind the sinks sits in ring slot p mod capacity; pins are
@@ -16,7 +18,8 @@ class Exact:
         self.sinks, self.pinned, self.ring = (
             torch.empty(batch, heads, tokens, dim, dtype=dtype, device=device) for tokens in (sinks, pins, 0)
         )
-        self.pins: list[dict[int, int]] = [{} for _ in range(batch)]
+        self.pins: list[dict[int, int]] = [{} for _ in range(batch)]  # replaced, never changed: layers share it
+        self.moved = 0  # counts the times that tensors were replaced
 
     @property
     def capacity(self) -> int:
@@ -27,6 +30,7 @@ class Exact:
         old, before = self.ring, self.capacity
         batch, heads, _, dim = old.shape
         self.ring = old.new_empty(batch, heads, capacity, dim)
+        self.moved += 1
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             if stop > start:
                 positions = torch.arange(start, stop, device=old.device)
@@ -52,21 +56,18 @@ class Exact:
 
     def pin(self, row: int, wanted: Sequence[int], start: int, source: Tensor) -> None:
         """Keep just the `wanted` positions: those kept so far, and those in [start, start + T) of source (H, T, D)."""
-        have, stop = self.pins[row], start + source.shape[1]
-        kept = {p: have[p] for p in wanted if p in have}
-        new = [p for p in wanted if p not in kept and start <= p < stop]
+        kept, new = pin(self.pins[row], wanted, start, start + source.shape[1], self.pinned.shape[2])
         if new:
-            free = iter(sorted(set(range(self.pinned.shape[2])) - set(kept.values())))
-            slots = [next(free) for _ in new]
-            self.pinned[row, :, slots] = source[:, [p - start for p in new]]
-            kept |= dict(zip(new, slots, strict=True))
-        self.pins[row] = dict(sorted(kept.items()))
+            self.pinned[row, :, list(new.values())] = source[:, [p - start for p in new]]
+        self.pins = [kept if i == row else pins for i, pins in enumerate(self.pins)]
 
     def select(self, rows: Tensor, order: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was."""
         self.sinks, self.pinned, self.ring = (x.index_select(0, rows) for x in (self.sinks, self.pinned, self.ring))
-        self.pins = [dict(self.pins[row]) for row in order]
+        self.pins = [self.pins[row] for row in order]
+        self.moved += 1
 
     def to(self, device: torch.device) -> None:
         """Move the storage to another device."""
         self.sinks, self.pinned, self.ring = (x.to(device) for x in (self.sinks, self.pinned, self.ring))
+        self.moved += 1

@@ -23,7 +23,8 @@ from kvist.cache import foreign
 from kvist.cache.layer import Layer
 from kvist.cache.rows import SlotMap
 from kvist.cache.saved import Header, SavedLayer, SavedTrack, capacity, check, check_numbers, held
-from kvist.cache.track import State, Track
+from kvist.cache.schedule import State
+from kvist.cache.track import Track
 from kvist.plan import Recipe
 
 FORMAT = 3

@@ -91,19 +91,19 @@ class CapturedLayer:
         """The numbers of the next step; host-side state moves on to what holds after it."""
         layer = self.layer
         before = [[(len(pages), pages[-1:]) for pages in track.pool.tables] for track in layer.tracks]
-        due = step.advance(layer)
+        move = step.advance(layer)
         for track, table, ends in zip(layer.tracks, self.tables, before, strict=True):
             for row, (pages, (length, last)) in enumerate(zip(track.pool.tables, ends, strict=True)):
                 kept = length if last == pages[length - 1 : length] else length - 1  # a shared page became its own
                 for index in range(kept, len(pages)):
                     table[row, index] = pages[index]
         self._mark()
-        return due + step.states(layer, self.origins)
+        return move.due + step.states(move.after, self.origins)
 
     def idle(self) -> list[int]:
         """The numbers of a step that stores nothing."""
         nothing = [-1, *[0] * (step.DUE - 1)] * self.layer.batch_size
-        return nothing + step.states(self.layer, self.origins)
+        return nothing + step.states(self.layer.stand, self.origins)
 
     def _mark(self) -> None:
         """Pins and the mask of slots that the packed read leaves out, where they changed."""
@@ -141,8 +141,7 @@ class CapturedLayer:
 
 
 def _request(layer: Store) -> Request:
-    gaps = any(len(maps.runs) > 1 for maps in layer.maps)
-    return replace(layer.request, batch=layer.batch_size, gaps=gaps)
+    return replace(layer.request, batch=layer.batch_size, gaps=layer.stand.gaps)
 
 
 def _check(layer: Store) -> None:

@@ -71,11 +71,22 @@ class Layer(Store, CacheLayerMixin):
     def values(self, values: Tensor | None) -> None:
         _refuse(values)
 
-    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
-    @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H, T, D); return keys and values of all slots: tensors where nothing is
         packed, otherwise handles that attention reads packed and anything else reads as dense tensors."""
+        if self.slots and key_states.shape[2] <= HOLD:
+            self.check(key_states, value_states)
+            self.to(key_states.device)
+            before = self.stand
+            if step.take(self, key_states, value_states):
+                view = View(self, None, self.slots, before.move(key_states.shape[2]))
+                return Handle(view, 0), Handle(view, 1)
+        return self._update(key_states, value_states)
+
+    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
+    @torch.no_grad()
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The way of prompts, and of steps that no kernel takes."""
         batch, _, slots, _ = key_states.shape
         self.check(key_states, value_states)
         if not self.made:
@@ -84,9 +95,6 @@ class Layer(Store, CacheLayerMixin):
         columns = [self.rows.columns(row, self.slots, self.slots + slots) for row in range(batch)]
         counts = [sum(n for _, n in stretches) for stretches in columns]
         given, kept = (key_states.detach(), value_states.detach()), self.kept(key_states, value_states)
-        if slots == 1 and all(counts) and step.write(self, kept):
-            view = View.after(self)
-            return Handle(view, 0), Handle(view, 1)
         self.settle()
         long, empty = max(counts) > HOLD, self.slots == 0
         chunked = long and self.prefill == "exact" and self.plan.packs

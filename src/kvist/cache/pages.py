@@ -22,6 +22,7 @@ class Pool:
         self.free: list[int] = []
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self._table: Tensor | None = None
+        self.moved = 0  # counts the times that tensors were replaced
 
     def _empty(self, name: str, pages: int) -> Tensor:
         spec = self.specs[name]
@@ -44,6 +45,7 @@ class Pool:
             new = self._empty(name, pages)
             new[: self.capacity] = old
             self.arrays[name] = new
+        self.moved += 1
         self.free = list(range(pages - 1, self.capacity - 1, -1)) + self.free
         self.refs += [0] * extra
 
@@ -58,7 +60,7 @@ class Pool:
             self._own(row, start // self.page)
         for _ in range(self.missing(row, stop)):
             table.append(self._take())
-            self._table = None
+            self._enter(row, len(table) - 1)
 
     def _take(self) -> int:
         page = self.free.pop()
@@ -72,7 +74,18 @@ class Pool:
             array[new] = array[old]
         self._drop(old)
         self.tables[row][index] = new
-        self._table = None
+        self._enter(row, index)
+
+    def _enter(self, row: int, index: int) -> None:
+        """Tell the tensor of page tables of a new page."""
+        if self._table is not None and self.device.type == "cpu" and index < self._table.shape[1]:
+            self._table[row, index] = self.tables[row][index]
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
+        """The tensor of page tables is out of date."""
+        self._table, self.moved = None, self.moved + 1
 
     def _drop(self, page: int) -> None:
         self.refs[page] -= 1
@@ -94,7 +107,7 @@ class Pool:
             if not self.free:
                 self.resize(ladder(self.capacity + 1, POOL_STEP))
             self._own(row, keep - 1)
-        self._table = None
+        self._forget()
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was; pages are shared, none is moved."""
@@ -105,7 +118,8 @@ class Pool:
         for table in self.tables:
             for page in table:
                 self._drop(page)
-        self.tables, self._table = tables, None
+        self.tables = tables
+        self._forget()
 
     def write(self, rows: Sequence[int], starts: Sequence[int], arrays: dict[str, Tensor]) -> None:
         """Put encoded tokens of several rows at their start slots; `arrays` as `Codec.encode` gives them."""
@@ -140,6 +154,7 @@ class Pool:
         if self._table is None or self._table.shape[1] != width:
             padded = [table + [0] * (width - len(table)) for table in self.tables]
             made = torch.tensor(padded, dtype=torch.int32).view(len(padded), width)
+            self._forget()
             self._table = made.to(self.device, non_blocking=True)  # from pageable memory: nobody waits
         return self._table
 
@@ -167,4 +182,5 @@ class Pool:
     def to(self, device: torch.device) -> None:
         """Move the storage to another device."""
         self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
-        self.device, self._table = device, None
+        self.device = device
+        self._forget()

@@ -5,7 +5,7 @@ consecutive slots from `slot` on, and were rotated for consecutive positions fro
 that starts late.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ class Rows:
     def __init__(self) -> None:
         self.slots = 0
         self.runs: list[list[Run]] = []
-        self.on_device: dict[tuple, Tensor] = {}  # states of layers, see `step`
+        self.announced = 0  # counts changes: what was planned for other slots is planned again
+        self.shared: dict[tuple, object] = {}  # what layers have in common, see `share`
 
     @property
     def batch(self) -> int:
@@ -50,6 +51,7 @@ class Rows:
                 position = position if given is None else given[row][start]
                 self._append(runs, self.slots + start, count, position)
         self.slots += slots
+        self._changed()
 
     def check(self, batch: int) -> None:
         """Refuse another batch than the one that is stored."""
@@ -74,10 +76,22 @@ class Rows:
             if runs and runs[-1].slot + runs[-1].count > slots:
                 runs[-1] = runs[-1]._replace(count=slots - runs[-1].slot)
         self.slots = min(self.slots, slots)
+        self._changed()
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was."""
         self.runs = [list(self.runs[row]) for row in rows]
+        self._changed()
+
+    def _changed(self) -> None:
+        self.announced += 1
+        self.shared.clear()
+
+    def share(self, key: tuple, make: Callable):
+        """What was first made for `key` since these rows changed last."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def tokens(self, row: int, slots: int) -> int:
         """Real tokens among the first `slots` slots of a row."""

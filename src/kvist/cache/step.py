@@ -1,90 +1,140 @@
-"""What a layer tells the kernel that does a whole decode step: its state as integers on the device.
+"""Steps of a layer by kernels: up to 32 new tokens per row are stored, and what is due is packed, in one call.
 
-The integers are known on the host, from which they go to the device once per step: layers whose state is the same share
-one tensor.
+What is done is decided by `schedule`, once for all layers in the same state; here it is done to one of them. On a CPU
+the kernel knows the layer's storage (`Operation.WHOLE`); on a GPU it is told where everything lies (`STORE`).
 """
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvist.cache.store import Store
-from kvist.cache.track import Track
-from kvist.kernels.choose import choose
-from kvist.kernels.contract import Constants, Exact, Operation, Stored
+from kvist.cache.schedule import Move, Stand
+from kvist.kernels.choose import Choice, choose
+from kvist.kernels.contract import Constants, Exact, Operation, Storage, Stored
+
+if TYPE_CHECKING:
+    from kvist.cache.store import Store
+    from kvist.cache.track import Track
 
 DUE, STATE = 6, 8  # numbers per row, for STORE and for `contract.Decode`
-KEPT = 8  # states that are remembered: as many as a recipe has different layers, usually
 BLOCK = 16  # query rows that share a counter
-
-
-def on_device(store: Store, numbers: tuple[int, ...], width: int) -> Tensor:
-    """Numbers as a tensor (n / width, width), int32; those of a layer in the same state are given again.
-
-    Copied from pageable memory, which is read before the call returns, so that nobody waits for the device.
-    """
-    memo = store.rows.on_device
-    if (numbers, width, store.device) not in memo:
-        while len(memo) >= KEPT:
-            memo.pop(next(iter(memo)))
-        memo[numbers, width, store.device] = (
-            torch.tensor(numbers, dtype=torch.int32).view(-1, width).to(store.device, non_blocking=True)
-        )
-    return memo[numbers, width, store.device]
-
-
-def state(store: Store, origins: list[int]) -> Tensor:
-    """See `contract.Decode`."""
-    return on_device(store, tuple(states(store, origins)), STATE)
-
-
-def states(store: Store, origins: list[int]) -> list[int]:
-    """The numbers of all rows: see `contract.Decode`."""
-    numbers = []
-    for row, origin in enumerate(origins):
-        frontiers = (track.states[row].frontier for track in store.tracks)
-        numbers += [min(store.lengths[row], store.plan.sinks), *frontiers, store.behind(row), origin, 0, 0, 0]
-    return numbers
-
-
-def advance(store: Store) -> list[int]:
-    """Move every row of a layer one token on: what STORE is to pack and where the token goes, as numbers.
-    The host's side is then as if it were done: pages are taken, pins kept, frontiers moved."""
-    due = []
-    for row in range(store.batch_size):
-        packs = [0] * 4 if store.settled else [n for track in store.tracks for n in _settle(store, track, row)]
-        due += [store.behind(row), *packs, 0]
-        store.lengths[row] += 1
-    store.slots, store.updates, store.settled = store.slots + 1, store.updates + 1, False
-    store.changed()
-    return due
-
-
-def _settle(store: Store, track: Track, row: int) -> tuple[int, int]:
-    """What is packed of a row before its next token: first position and count."""
-    state = track.states[row]
-    start = state.frontier
-    decided, frontier = store.due(track, row)
-    if frontier > start:
-        track.grow([row], [start], [frontier])
-    if track.rule.most_pins and decided != state.decided:
-        wanted = [p for p in track.rule.pins(decided) if p < frontier]
-        track.exact.pin(row, wanted, start, track.exact.get([row], start, frontier)[0])
-    state.decided, state.frontier = decided, frontier
-    return start, frontier - start
-
-
 Tables = tuple[Tensor, ...]
 
 
-def write(store: Store, new: tuple[Tensor, Tensor]) -> bool:
-    """Store one token per row, keys and values (B, H, 1, D), in one launch, which also packs what is due; False where
-    no kernel does that."""
-    if choose(Operation.STORE, store.request).run is None or not advanceable(store):
-        return False
-    store.fit(store.waiting() + 1)  # before frontiers move: what is packed now is read from the ring
-    due = on_device(store, tuple(advance(store)), DUE)
-    launch(store, new, tables(store), constants(store), due, (store.key.exact.capacity,) * 2)
+def take(store: Store, keys: Tensor, values: Tensor) -> bool:
+    """Store up to `HOLD` new slots, keys and values (B, H, M, D), by a kernel; False where none does that."""
+    on_cpu = store.device.type == "cpu"
+    choice = chosen(store, Operation.WHOLE if on_cpu else Operation.STORE, ())
+    if choice.run is None:
+        return False if not on_cpu else _interpreted(store, keys, values)
+    move = store.stand.move(keys.shape[2])
+    if not on_cpu:
+        return _launched(store, move, (keys, values))
+    if keys.dtype != store.key.exact.ring.dtype:
+        keys, values = store.kept(keys, values)
+    prepare(store, move, move.room)
+    bound(store).store(keys, values, move.write)
+    store.moved_on(move)
     return True
+
+
+def _interpreted(store: Store, keys: Tensor, values: Tensor) -> bool:
+    """A GPU's kernels on a CPU, where they are asked for."""
+    if chosen(store, Operation.STORE, ()).run is None:
+        return False
+    return _launched(store, store.stand.move(keys.shape[2]), (keys, values))
+
+
+def _launched(store: Store, move: Move, new: tuple[Tensor, Tensor]) -> bool:
+    """By STORE, which takes one token per row, at its position's slot."""
+    if move.slots > 1 or not advanceable(store) or not all(move.counts):
+        return False
+    new = store.kept(*new)
+    prepare(store, move, store.stand.waiting + 1)  # what is packed is read from the ring in the same launch
+    keep_pins(store, move)
+    most = (store.key.exact.capacity,) * 2
+    launch(store, new, tables(store), constants(store), move.on(store.device), most)
+    store.moved_on(move)
+    return True
+
+
+def prepare(store: Store, move: Move, room: int) -> None:
+    """Rings with room for so many tokens, and pages for what is due."""
+    if not store.bounded or room > store.key.exact.capacity:
+        store.fit(room, shrink=True)
+    take_pages(store, move)
+
+
+def take_pages(store: Store, move: Move) -> None:
+    """Pages for what is due."""
+    for track, settled in zip(store.tracks, move.settled, strict=True):
+        if settled.pieces:
+            track.prepare(settled.pieces)
+
+
+def keep_pins(store: Store, move: Move) -> None:
+    """Copy from the rings what is to be kept exact, before it is packed."""
+    for track, settled in zip(store.tracks, move.settled, strict=True):
+        if settled.copies:
+            rows, positions, slots = torch.tensor(settled.copies, device=store.device).T
+            exact = track.exact
+            exact.pinned[rows, :, slots] = exact.ring[rows, :, positions % exact.capacity]
+
+
+def chosen(store: Store, operation: Operation, said: tuple) -> Choice:
+    """What serves an operation on a layer; `said`: pairs of fields of the request that a call knows. Remembered, as
+    asking costs more than answering."""
+    asked = operation, said
+    if asked not in store.choices:
+        store.choices[asked] = choose(operation, replace(store.request, **dict(said)))
+    return store.choices[asked]
+
+
+def bound(store: Store):
+    """What takes a layer's steps on a CPU, made anew where storage moved; see `choose`: WHOLE."""
+    key, value = store.key, store.value
+    moved = key.pool.moved, value.pool.moved, key.exact.moved, value.exact.moved
+    if store.bound is None or store.bound[0] != moved or store.bound[1] is None:  # which a copied cache finds
+        run = chosen(store, Operation.WHOLE, ()).run
+        assert run is not None  # whoever asks for it asked before
+        both = tuple(map(exact, store.tracks))
+        made = run(Storage(stored(store), both, (key.clipped, value.clipped), store.page))
+        store.bound = (key.pool.moved, value.pool.moved, key.exact.moved, value.exact.moved), made
+    return store.bound[1]
+
+
+def state(store: Store, origins: list[int]) -> Tensor:
+    """See `contract.Decode`; layers in the same state share it."""
+    return store.rows.share((store.stand, tuple(origins), store.device), lambda: _state(store, origins))
+
+
+def _state(store: Store, origins: list[int]) -> Tensor:
+    # from pageable memory, which is read before the call returns, so that nobody waits for the device
+    numbers = torch.tensor(states(store.stand, origins), dtype=torch.int32).view(-1, STATE)
+    return numbers.to(store.device, non_blocking=True)
+
+
+def states(stand: Stand, origins: list[int]) -> list[int]:
+    """The numbers of all rows: see `contract.Decode`."""
+    numbers = []
+    for row, origin in enumerate(origins):
+        frontiers = (side[row].frontier for side in stand.states)
+        numbers += [min(stand.lengths[row], stand.plan.sinks), *frontiers, stand.behind(row), origin, 0, 0, 0]
+    return numbers
+
+
+def advance(store: Store) -> Move:
+    """Move the host's side of a layer on by one token per row, which were announced, as if STORE were done: pages are
+    taken, pins kept, frontiers moved."""
+    move = store.stand.move(1)
+    take_pages(store, move)
+    keep_pins(store, move)
+    store.moved_on(move)
+    return move
 
 
 def launch(
@@ -92,7 +142,7 @@ def launch(
     most: tuple[int, int],
 ) -> None:  # fmt: skip
     """The launch alone: STORE, over page tables `held`. most: tokens of each side that `due` may name."""
-    run = choose(Operation.STORE, store.request).run
+    run = chosen(store, Operation.STORE, ()).run
     assert run is not None  # whoever plans a step asked before
     rings = tuple(track.exact.ring for track in store.tracks)
     pools = tuple(track.pool.arrays for track in store.tracks)
@@ -117,8 +167,8 @@ def stored(store: Store) -> tuple[Stored, ...]:
 
 
 def advanceable(store: Store) -> bool:
-    """Whether one more token per row is a step of this kind: it goes into a ring, at its position's slot."""
-    return store.plan.packs and min(store.lengths) >= store.plan.sinks and all(len(m.runs) == 1 for m in store.maps)
+    """Whether one more token per row is a step that STORE can do: it goes into a ring, at its position's slot."""
+    return store.plan.packs and min(store.lengths) >= store.plan.sinks and not store.stand.gaps
 
 
 def exact(track: Track) -> Exact:
@@ -130,23 +180,13 @@ def pinned(store: Store) -> Tensor | None:
     """Positions that either side keeps exact though packed, (B, P, 4): see `contract.Decode`. None: never any."""
     if not store.plan.pinned:
         return None
-    now = [pins for track in store.tracks for pins in track.exact.pins]
-    seen, made = store.pinned
-    old = made is None or made.device != store.device or len(seen) != len(now)
-    if made is None or old or any(a is not b for a, b in zip(seen, now, strict=True)):
-        made = _pinned(store).to(store.device, non_blocking=True)
-        store.pinned = now, made  # dictionaries of pins are replaced, never changed
-    return made
+    return store.apart("pinned", _pinned)
 
 
 def _pinned(store: Store) -> Tensor:
-    rows = []
-    for row in range(store.batch_size):
-        keys, values = (track.exact.pins[row] for track in store.tracks)
-        rows.append([(p, keys.get(p, -1), values.get(p, -1), 0) for p in sorted(keys.keys() | values.keys())])
     most = sum(side.retention.most_pins for side in store.plan.sides)
-    padded = [line + [(-1, -1, -1, 0)] * (most - len(line)) for line in rows]
-    return torch.tensor(padded, dtype=torch.int32)
+    lines = [[(*line[:3], 0) for line in row] + [(-1, -1, -1, 0)] * (most - len(row)) for row in store.stand.pinned]
+    return torch.tensor(lines, dtype=torch.int32)
 
 
 def counters(store: Store, q_heads: int, queries: int) -> Tensor:

@@ -3,15 +3,17 @@
 No word of transformers: `layer` puts its protocol on top; views, steps, files and reports read what is here.
 """
 
-import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvist.cache.rows import Rows, SlotMap
+from kvist.cache.schedule import Move, Stand
 from kvist.cache.track import Track
+from kvist.kernels.choose import Choice
 from kvist.kernels.contract import Request
 from kvist.plan import LayerPlan
 from kvist.types import HOLD, Geometry
@@ -22,7 +24,7 @@ class Store:
 
     lengths: tokens of each row, its sinks included; maps: where each row's positions lie in its pages; slots: what
     transformers counts, padding included; updates: since the last time it was empty; settled: whether what the rules
-    allow at this length is packed.
+    allow at this length is packed. Lists of numbers are replaced, never changed, as layers in the same state share them.
     """
 
     def __init__(self, plan: LayerPlan, page: int, reserve: int, rows: Rows):
@@ -40,9 +42,10 @@ class Store:
         self.slots = self.updates = 0
         self.version += 1
         self.counters: Tensor | None = None
-        self.pinned: tuple[list[dict[int, int]], Tensor | None] = [], None  # see `step.pinned`
-        self._skip: Tensor | None = None
-        self._skipped: tuple = ()  # the state that the skip mask was made from
+        self.choices: dict[tuple, Choice] = {}  # see `step.chosen`
+        self.bound: tuple[tuple, object] | None = None  # see `step.bound`
+        self._stand: Stand | None = None
+        self._apart: dict[str, tuple[tuple, Tensor]] = {}
         self.lengths: list[int] = []
         self.maps: list[SlotMap] = []
 
@@ -57,6 +60,7 @@ class Store:
             for side, dim in sides
         )
         self.lengths, self.maps = [0] * batch, [SlotMap() for _ in range(batch)]
+        self.bounded = all(side.window() is not None for side in self.plan.sides)
         self.fit(0)
         self.made = True
 
@@ -65,7 +69,7 @@ class Store:
         if device != self.device:
             for track in self.tracks:
                 track.to(device)
-            self.device, self._skip = device, None
+            self.device, self._apart, self.choices = device, {}, {}
 
     @property
     def request(self) -> Request:
@@ -110,20 +114,38 @@ class Store:
             keys, values = keys.clamp(-most, most), values.clamp(-most, most)
         return keys.detach().to(stored), values.detach().to(stored)
 
-    def due(self, track: Track, row: int) -> tuple[int, int]:
-        """What the rule of a side allows to be packed of a row now: its decision, and the frontier that follows."""
-        return track.target(row, self.behind(row), self.updates == 1, self.maps[row])
+    @property
+    def stand(self) -> Stand:
+        """Where the rows stand; layers of equal plans in the same state share it."""
+        if self._stand is None:
+            states, pins = (self.key.states, self.value.states), (self.key.exact.pins, self.value.exact.pins)
+            flags = self.settled, self.updates == 1
+            pinned = tuple(tuple(row.items()) for side in pins for row in side) if self.plan.pinned else ()
+            runs = tuple(tuple(maps.runs) for maps in self.maps)
+            key = (self.plan.schedule, tuple(self.lengths), runs, *map(tuple, states), pinned, flags)
+            make = partial(Stand, self.plan, self.rows, self.lengths, self.maps, states, pins, flags)
+            self._stand = self.rows.share(key, make)
+        return self._stand
+
+    def moved_on(self, move: Move) -> None:
+        """A step was taken: what was due is packed, and its tokens are stored."""
+        after = self._stand = move.after
+        self.lengths = after.lengths
+        (self.key.states, self.value.states), pins = after.states, after.pins
+        self.key.exact.pins, self.value.exact.pins = pins
+        self.slots, self.updates, self.settled = self.slots + move.slots, self.updates + 1, False
+        self.version += 1
 
     def settle(self) -> None:
         """Pack what the rules allow at the present length. Called before an update; harmless at other times."""
         if self.settled:
             return
+        due = self.stand.settled
         self.settled = True
-        for track in self.tracks if self.plan.packs else ():
+        for track, settled in zip(self.tracks, due, strict=True) if self.plan.packs else ():
             for rows in self.alike(track):
-                decided, frontier = self.due(track, rows[0])
-                start = track.states[rows[0]].frontier
-                source = track.exact.get(rows, start, frontier)
+                decided, frontier = settled.states[rows[0]]
+                source = track.exact.get(rows, track.states[rows[0]].frontier, frontier)
                 track.pack(rows, decided, frontier, source, [self.maps[r] for r in rows], settled=True)
         self.fit(self.waiting(), shrink=True)
         self.changed()
@@ -187,8 +209,9 @@ class Store:
         kept = max(0, self.slots - abs(tokens_to_remove))
         if kept == self.slots or not self.made:
             return
+        self.maps = [SlotMap(maps.runs) for maps in self.maps]
+        self.lengths = [self.rows.tokens(row, kept) for row in range(self.batch_size)]
         for row in range(self.batch_size):
-            self.lengths[row] = self.rows.tokens(row, kept)
             length, maps = self.behind(row), self.maps[row]
             slots = maps.slot(length)
             ends = [(track, track.states[row].frontier > length) for track in self.tracks]
@@ -220,6 +243,7 @@ class Store:
 
     def changed(self) -> None:
         self.version += 1
+        self._stand = None
 
     def table_width(self, track: Track) -> int:
         """Entries per row of a track's page table."""
@@ -227,22 +251,30 @@ class Store:
 
     def skip(self) -> Tensor | None:
         """Page slots that the packed read leaves out, (B, width·page) bool: pins and holes. None where none are."""
-        if not (self.plan.pinned or any(len(maps.runs) > 1 for maps in self.maps)):
+        if not (self.plan.pinned or self.stand.gaps):
             return None
-        width = max(map(self.table_width, self.tracks))
-        pins = [list(track.exact.pins[row]) for track in self.tracks for row in range(self.batch_size)]
-        state = (width, pins, [maps.runs for maps in self.maps])
-        if self._skip is None or state != self._skipped:
-            self._skipped = copy.deepcopy(state)
-            skip = torch.zeros(self.batch_size, width * self.page, dtype=torch.bool)
-            for row, maps in enumerate(self.maps):
-                for start, stop in maps.holes():
-                    skip[row, start:stop] = True
-                pins = {p for track in self.tracks for p in track.exact.pins[row]}
-                if pins:
-                    skip[row, [maps.slot_of(p) for p in pins]] = True
-            self._skip = skip.to(self.device, non_blocking=True)
-        return self._skip
+        return self.apart("skip", Store._skip, max(map(self.table_width, self.tracks)))
+
+    def _skip(self) -> Tensor:
+        skip = torch.zeros(self.batch_size, max(map(self.table_width, self.tracks)) * self.page, dtype=torch.bool)
+        for row, maps in enumerate(self.maps):
+            for start, stop in maps.holes():
+                skip[row, start:stop] = True
+            if self.stand.pinned[row]:
+                skip[row, [slot for *_, slot in self.stand.pinned[row]]] = True
+        return skip
+
+    def apart(self, name: str, make: Callable[["Store"], Tensor], *more) -> Tensor:
+        """What is made of pins and holes, and of what `more` tells, on the layer's device; made again where these
+        changed."""
+        now = (*self.stand.pins, self.stand.maps, *more)
+        if name in self._apart:
+            before, made = self._apart[name]
+            if all(a is b or a == b for a, b in zip(before, now, strict=True)):
+                return made
+        made = make(self).to(self.device, non_blocking=True)
+        self._apart[name] = now, made
+        return made
 
 
 def _pick(x: Tensor, rows: list[int], columns: list[tuple[int, int]]) -> Tensor:

@@ -5,7 +5,6 @@ surviving codes stay, the group is closed, and the next token starts a new one (
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -15,20 +14,13 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.cache.rows import Rows, SlotMap
+from kvist.cache.schedule import Piece, State
 from kvist.kernels.choose import coder
 from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan, Side
 from kvist.types import Geometry
 
 TILE = 1 << 18  # elements that are encoded at a time: their fp32 copies fit a core's L2 cache
-
-
-@dataclass
-class State:
-    """One row of one track. decided: what the retention rule said, before the last update; frontier: what is packed."""
-
-    decided: int = 0
-    frontier: int = 0
 
 
 class Track:
@@ -54,7 +46,7 @@ class Track:
         self.pool = Pool(specs, shape.heads, page, device, batch)
         self.pool.resize(plan.pool(0, batch, page, reserve) if plan.packs else 0)
         self.exact = Exact(batch, shape.heads, dim, plan.sinks, self.rule.most_pins, dtype, device)
-        self.states = [State() for _ in range(batch)]
+        self.states = [State()] * batch  # replaced, never changed: layers share it
         # entries beyond a fixed range, without a slot; scales, offsets and outliers beyond fp16
         self.clipped = torch.zeros((), dtype=torch.long, device=device)
 
@@ -83,10 +75,10 @@ class Track:
             wanted = [p for p in self.rule.pins(decided) if p < frontier]
             for i, row in enumerate(rows):
                 self.exact.pin(row, wanted, start, source[i])
+        states = list(self.states)
         for row in rows:
-            self.states[row].frontier = frontier
-            if settled:
-                self.states[row].decided = decided
+            states[row] = State(decided if settled else states[row].decided, frontier)
+        self.states = states
 
     def grow(self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> None:
         need = self.pool.in_use
@@ -96,6 +88,14 @@ class Track:
             self.pool.resize(self.plan.pool(need, self.batch, self.pool.page, self.reserve))
         for row, start, stop in zip(rows, starts, stops, strict=True):
             self.pool.extend(row, start, stop)
+
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Pages for what is about to be packed: few steps need new ones."""
+        pool = self.pool
+        for row, _, count, slot in pieces:
+            table = pool.tables[row]
+            if slot + count > len(table) * pool.page or (slot % pool.page and pool.refs[table[slot // pool.page]] > 1):
+                self.grow([row], [slot], [slot + count])
 
     def _at(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor | None:
         """What tokens behind the sinks were rotated for, (R, n); None where the codec does not ask."""
@@ -138,11 +138,12 @@ class Track:
 
     def crop(self, row: int, length: int, maps: SlotMap, slots: int) -> None:
         """Forget positions from `length` on; `slots` is the slot at which the packed stretch then ends."""
-        state = self.states[row]
-        if state.frontier > length:
-            self.pool.truncate(row, maps.slot(state.frontier), slots)
-            state.frontier = length
-        state.decided = min(state.decided, length)
+        decided, frontier = self.states[row]
+        if frontier > length:
+            self.pool.truncate(row, maps.slot(frontier), slots)
+        self.states = list(self.states)
+        self.states[row] = State(min(decided, length), min(frontier, length))
+        self.exact.pins = list(self.exact.pins)
         self.exact.pins[row] = {p: s for p, s in self.exact.pins[row].items() if p < length}
 
     def decode(self, row: int, positions: Sequence[int], maps: SlotMap) -> Tensor:
@@ -184,7 +185,7 @@ class Track:
         """Row i becomes what row rows[i] was; full pages stay where they are."""
         self.pool.select(order)
         self.exact.select(rows, order)
-        self.states = [State(self.states[row].decided, self.states[row].frontier) for row in order]
+        self.states = [self.states[row] for row in order]
         self.batch = len(order)
 
     def to(self, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvist.cache import step
 from kvist.cache.loose import Loose, loose
+from kvist.cache.schedule import Move
 from kvist.cache.store import Store
 from kvist.cache.visible import QUERIES, Look, attend_tiled
 from kvist.kernels.choose import choose
@@ -36,21 +37,36 @@ class Undifferentiated(torch.autograd.Function):
 
 
 class View:
-    """See the module. `limits`: per row, the packed slots that both sides have."""
+    """See the module. move: the step that has just been taken by a kernel, if it was."""
 
-    def __init__(self, store: Store, chunk: tuple[Tensor, Tensor] | None, slots: int):
-        self.store, self.chunk, self.slots = store, chunk, slots
+    def __init__(self, store: Store, chunk: tuple[Tensor, Tensor] | None, slots: int, move: Move | None = None):
+        self.store, self.chunk, self.slots, self.move = store, chunk, slots, move
         self.rows, self.dtype, self.device = store.rows, store.dtype, store.device
-        self.past = slots - (chunk[0].shape[2] if chunk else 0)
-        self.lengths = list(store.lengths)
-        self.maps = store.maps
-        self.both = [min(k, v) for k, v in zip(store.key.frontiers, store.value.frontiers, strict=True)]
-        self.limits = [maps.slot(p) for maps, p in zip(store.maps, self.both, strict=True)]
-        self.skip = store.skip()
+        self.stand = move.after if move else store.stand
         self._loose: list[Loose] | None = None
+        self._version = store.version
         if chunk:  # the append that follows writes into the rings
+            self._skip = store.skip()
             self._loose = [Loose(*(x.clone() for x in part)) for part in loose(store)]
-        self._version = store.version + (1 if chunk else 0)
+            self._version += 1
+
+    @property
+    def past(self) -> int:
+        """Slots before the chunk."""
+        return self.slots - (self.chunk[0].shape[2] if self.chunk else 0)
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.stand.lengths
+
+    @property
+    def limits(self) -> list[int]:
+        """Per row, the packed slots that both sides have."""
+        return self.stand.limits
+
+    @property
+    def skip(self) -> Tensor | None:
+        return self._skip if self.chunk else self.store.skip()
 
     @classmethod
     def before(cls, store: Store, keys: Tensor, values: Tensor) -> View:
@@ -64,7 +80,7 @@ class View:
 
     def shape(self, side: int) -> tuple[int, int, int, int]:
         shape = self.store.shape
-        return len(self.lengths), shape.heads, self.slots, (shape.key_dim, shape.value_dim)[side]
+        return len(self.stand.lengths), shape.heads, self.slots, shape.value_dim if side else shape.key_dim
 
     def _check(self) -> None:
         if self._version != self.store.version:
@@ -93,16 +109,44 @@ class View:
         (B, 1 or Hq, M, slots), says what is visible; None is everything. `sink` (Hq,) is a logit per head that takes
         part in the softmax and has no value (GPT-OSS).
         """
-        with torch.no_grad():
-            plain = mask is None and (causal or query.shape[2] == 1)
-            out = self._step(query, scale, softcap, sink) if plain else None
-            if out is None:
-                out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
+        plain = mask is None and (causal or query.shape[2] == 1)
+        out = self._whole(query, scale, softcap, sink, mask) if self.move is not None else None
+        if out is None:
+            out = self._by_parts(query, scale, softcap, sink, mask, causal, plain)
         return Undifferentiated.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _whole(
+        self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
+        """Causal attention of the step just taken, in one call on a CPU; None where no kernel serves it."""
+        store, move, many = self.store, self.move, query.shape[2]
+        if move is None or many not in (1, move.slots) or self.device.type != "cpu":
+            return None
+        if mask is not None:
+            look = Look(scale, softcap, mask, None, self.rows, self.slots, self.lengths)
+            if many > 1 or look.biased or not look.plain(chunked=False):
+                return None
+        asked = *move.after.asked, ("dtype", query.dtype), ("queries", many)
+        if step.chosen(store, Operation.WHOLE, asked).run is None:
+            return None
+        self._check()
+        see = move.see if many == move.slots else move.last
+        return step.bound(store).attend(query, see, scale, softcap, sink)
+
+    @torch.no_grad()
+    def _by_parts(
+        self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None, mask: Tensor | None,
+        causal: bool, plain: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention in one launch where a GPU's kernel serves it, otherwise part by part."""
+        out = self._step(query, scale, softcap, sink) if plain else None
+        if out is None:
+            out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
+        return out
 
     def _step(self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor | None:
         """Causal attention in one launch; None where no kernel serves it."""
-        store, origins = self.store, self.origins()
+        store, origins = self.store, self.stand.origins()
         fast = choose(Operation.STEP, self._request(query, origins)).run
         if fast is None or origins is None:
             return None
@@ -127,7 +171,7 @@ class View:
             group=query.shape[1] // self.store.shape.heads,
             queries=query.shape[2],
             dtype=query.dtype,
-            gaps=any(len(maps.runs) > 1 for maps in self.maps),
+            gaps=self.stand.gaps,
             shifted=origins is None,
             padded=query.shape[2] > 1 and not self.rows.dense(self.slots),
             hidden=look is not None and not look.plain(self.chunk is not None),
@@ -168,7 +212,7 @@ class View:
 
     def _packed_part(self, q: Tensor, look: Look) -> Partial:
         key, value = self.store.key, self.store.value
-        q, origins = key.codec.transform.forward(q) if key.codec.transform.fixed else q, self.origins()
+        q, origins = key.codec.transform.forward(q) if key.codec.transform.fixed else q, self.stand.origins()
         fast = choose(Operation.PAGES, self._request(q, origins, look)).run
         if fast is not None:
             stored = step.stored(self.store)
@@ -177,17 +221,6 @@ class View:
         else:
             part = self._packed_tiles(q, look)
         return Partial(value.codec.transform.inverse(part.out), part.lse)
-
-    def origins(self) -> list[int] | None:
-        """The position of page slot 0 of each row, where that of slot i is i more; None where it is not so. Zeros where
-        nobody asks."""
-        if self.store.key.codec.transform.fixed:
-            return [0] * len(self.lengths)
-        shifts = [self.rows.shift(row) for row in range(len(self.lengths))]
-        if any(len(maps.runs) > 1 for maps in self.maps):
-            return None
-        found = [shift + self.store.plan.sinks for shift in shifts if shift is not None]
-        return found if len(found) == len(shifts) else None
 
     def _packed_tiles(self, q: Tensor, look: Look) -> Partial:
         """The reference: decode some pages, attend, merge."""
@@ -219,11 +252,11 @@ class View:
         """Token numbers of packed slots [start, stop), (B, n); -1 where a slot holds none, or one kept exact."""
         slots = torch.arange(start, stop, device=self.device)
         tokens = torch.full((len(self.limits), stop - start), -1, device=self.device)
-        for row, (limit, maps) in enumerate(zip(self.limits, self.maps, strict=True)):
+        for row, (limit, maps) in enumerate(zip(self.limits, self.stand.maps, strict=True)):
             if len(maps.runs) == 1:
                 tokens[row] = torch.where(slots < limit, slots, -1)
                 continue
-            for first, last, slot in maps.pieces(0, self.both[row]):
+            for first, last, slot in maps.pieces(0, self.stand.ends[row][0]):
                 shift = first - slot
                 here = (slots >= slot) & (slots < slot + last - first)
                 tokens[row] = torch.where(here, slots + shift, tokens[row])

@@ -15,6 +15,9 @@ What each operation takes and returns, called as the chosen function (`Choice.ru
 - STEP: queries (B, Hq, M, D) of any float type, M <= `MOST_QUERIES`, the last M tokens of their rows; keys and values
   as `Stored`; the exact tokens of both as `Exact`; and a `Decode`. Attention over everything, (B, Hq, M, Dv) in the
   queries' type, in one launch and without asking the device anything.
+- WHOLE: on CPUs. A layer's `Storage`, to what takes its steps while that stays where it is: `store(keys, values,
+  Write)` for up to 32 new tokens per row, packing the same bits as ENCODE, and `attend(queries, See, scale, soft cap,
+  sink)`, (B, Hq, M, Dv) in the queries' type.
 """
 
 import os

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,6 +101,60 @@ class Decode(NamedTuple):
     sink: Tensor | None = None
 
 
+class See(NamedTuple):
+    """What attention of a step is told of rows, the same for all layers in the same state: whole numbers, numpy arrays.
+
+    rows (B, 8) int64, by column: see `BEFORE` to `ORIGIN`. horizon (B, M): the number of the last token that a query
+    sees. span (n, 4): row, first position, count, first slot of tokens that one side has packed and the other has not.
+    skip (B, slots), bool: slots that the packed read leaves out, no slots where there are none. pinned (B, P, 4):
+    position (-1: none, and none behind it), its slot among pinned keys and among pinned values (-1: not pinned there),
+    its page slot. tokens: those of all rows.
+    """
+
+    rows: np.ndarray
+    horizon: np.ndarray
+    span: np.ndarray
+    skip: np.ndarray
+    pinned: np.ndarray
+    tokens: int
+
+
+# Columns of `See.rows`: tokens held before a step; new ones; sinks held after it; tokens behind the sinks; the
+# frontier of keys and of values, both as positions; packed slots that both sides have; the position that page slot 0
+# was rotated for.
+BEFORE, NEW, HELD, BEHIND, KEYS, VALUES, LIMIT, ORIGIN = range(8)
+
+
+class Due(NamedTuple):
+    """What a step does to one side before its tokens come: pieces (n, 4) int64, row, first position, count and first
+    slot of tokens to pack; a count that fills no group closes it. pins (n, 3): row, position in the ring, slot among
+    the pinned. cos, sin (tokens of all pieces, F), fp32: the turn that undoes the rotary embedding; none: nothing to
+    undo."""
+
+    pieces: np.ndarray
+    pins: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+class Write(NamedTuple):
+    """What storing of a step is told: rows as in `See`; columns (B, M): the column of each new token of a row."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    keys: Due
+    values: Due
+
+
+class Storage(NamedTuple):
+    """All that a layer stores, keys and values, as it lies; clipped: see `Operation.STORE`."""
+
+    stored: tuple[Stored, Stored]
+    exact: tuple[Exact, Exact]
+    clipped: tuple[Tensor, Tensor]
+    page: int
+
+
 class Operation(StrEnum):
     """What a kernel can be asked for; `choose` says what each takes and returns."""
 
@@ -111,6 +166,7 @@ class Operation(StrEnum):
     PAGES = "attend to pages"
     EXACT = "attend to exact tokens"
     STEP = "decode step"
+    WHOLE = "steps of a layer"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""One side of a layer as the compiled loops take it: arrays as they lie, in tuples that are made once.
+
+Tokens that are stored as they came (exact ones, and sides of raw levels) are seen as words of 16 bits, so that one
+compiled version serves every type; `Kept.kind` and `Side.kind` say which it is. An array is empty where there is nothing
+of its kind.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from kvist.kernels.contract import PLANES, Constants, Exact, Stored, Traits
+from kvist.kernels.numba.codes import EXACT, half
+
+FLOAT, HALF, BRAIN = 0, 1, 2  # fp32; fp16 and bf16 as their bits
+KINDS = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BRAIN}
+WORDS = {FLOAT: 2, HALF: 1, BRAIN: 1}  # words per number
+NOTHING, NO_FIXED, NO_HALVES = np.empty(0, np.float32), np.empty((0, 0), np.float32), np.empty((0, 1, 0), np.uint16)
+NO_CODES, NO_WORDS = np.empty((0, 0, 0, 0), np.uint8), np.empty((0, 0, 0, 0), np.int16)
+NO_OUTLIERS = np.empty((0, 0, 0), np.uint16), np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.uint8)
+STYLES = {"": 0, "half": 1, "interleaved": 2}
+
+
+class Side(NamedTuple):
+    """What is needed to read packed tokens.
+
+    scale and offset (pages, heads or 1, numbers) are fp16 as its bits; `fixed_` ones (H, D) are those of fixed ranges,
+    which are shared along tokens by groups as long as the page. raw (pages, H, page, words): tokens of a side that is
+    not coded. turn: block of the Hadamard rotation in whose space they lie, 0 for none.
+    """
+
+    codes: np.ndarray
+    table: np.ndarray
+    low: int
+    high: int
+    points: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray
+    fixed_scale: np.ndarray
+    fixed_offset: np.ndarray
+    group: int
+    along_tokens: bool
+    outlier: np.ndarray
+    channel: np.ndarray
+    ends: np.ndarray
+    raw: np.ndarray
+    kind: int
+    turn: int
+
+
+class Coder(NamedTuple):
+    """What is needed besides to pack. scale (H, D): of fixed ranges, 1 where a channel has none; centred: offsets are
+    the middle of a range; rotary: see `STYLES`; clipped (1,) counts entries beyond what fp16 or a fixed range holds."""
+
+    edges: np.ndarray
+    scale: np.ndarray
+    granule: int
+    centred: bool
+    steps: np.float32
+    top: np.float32
+    largest: bool
+    rotary: int
+    clipped: np.ndarray
+
+
+class Kept(NamedTuple):
+    """Exact tokens: sinks, ring, pinned (B, H, N, words); see `contract.Exact`."""
+
+    sinks: np.ndarray
+    ring: np.ndarray
+    pinned: np.ndarray
+    kind: int
+
+
+def side(traits: Traits, stored: Stored, page: int) -> Side:
+    """A side of a layer, for reading. Its arrays must stay where they are."""
+    arrays, (_, points, scale, offset, _, _), table = stored.arrays, stored.constants, stored.table.numpy()
+    if "codes" not in arrays:
+        raw, kind = (words(arrays["values"]), KINDS[arrays["values"].dtype]) if arrays else (NO_WORDS, FLOAT)
+        empty = NO_HALVES, NO_HALVES, NO_FIXED, NO_FIXED
+        return Side(NO_CODES, table, 0, 0, NOTHING, *empty, 1, False, *NO_OUTLIERS, raw, kind, 0)
+    codes, fixed, outliers = arrays["codes"].numpy(), (NO_FIXED, NO_FIXED), NO_OUTLIERS
+    pages, heads, _, size = codes.shape
+    dim = size * 8 // traits.bits
+    sharing, stores = (traits.group or dim, traits.along == "tokens"), (NO_HALVES, NO_HALVES)
+    if scale is not None and offset is not None:
+        fixed, sharing = (scale.numpy(), offset.numpy()), (page, True)
+    else:
+        flat = pages, 1 if traits.across_heads else heads, prod(arrays["scale"].shape[-2:])
+        stores = _halves(arrays["scale"]).reshape(flat), _halves(arrays["offset"]).reshape(flat)
+    if traits.outliers:
+        outliers = _halves(arrays["outlier"]), arrays["channel"].numpy(), arrays["ends"].numpy()
+    planes, levels = (*PLANES[traits.bits], 0), NOTHING if points is None else points.numpy()
+    block = dim & -dim if traits.hadamard else 0
+    return Side(
+        codes, table, planes[0], planes[1], levels, *stores, *fixed, *sharing, *outliers, NO_WORDS, FLOAT, block
+    )
+
+
+def coder(traits: Traits, constants: Constants, clipped: Tensor) -> Coder:
+    """The same side, for packing."""
+    edges, scale = (NOTHING if x is None else x.numpy() for x in (constants.edges, constants.scale))
+    fixed = NO_FIXED if constants.scale is None else np.where(scale > 0, scale, np.float32(1.0))
+    granule = traits.group if traits.along == "tokens" and traits.levels != "raw" else 1
+    centred, top = traits.levels == "table", np.float32(2**min(traits.bits, 8) - 1)
+    steps = np.float32(2.0) if centred else top
+    largest, style = traits.rank == "largest", STYLES[traits.rotary]
+    return Coder(edges, fixed, granule, centred, steps, top, largest, style, clipped.view(1).numpy())
+
+
+def kept(exact: Exact) -> Kept:
+    """The exact tokens of a side."""
+    return Kept(*map(words, exact), KINDS[exact.ring.dtype])
+
+
+def words(x: Tensor) -> np.ndarray:
+    """A tensor of any of the types as words of 16 bits, in place; the last dimension must be contiguous."""
+    return x.detach().view(torch.int16).numpy()
+
+
+def _halves(array: Tensor) -> np.ndarray:
+    return array.numpy().view(np.uint16)
+
+
+@njit(**EXACT)
+def load(source, kind, out):
+    """One token, words (n,), to fp32 (D,)."""
+    if kind == FLOAT:
+        out[:] = source.view(np.float32)
+        return
+    bits = out.view(np.int32)
+    if kind == BRAIN:
+        for d in range(out.shape[0]):
+            bits[d] = np.int32(source[d]) << np.int32(16)
+        return
+    infinite = False
+    for d in range(out.shape[0]):
+        infinite |= (source[d] & 0x7C00) == 0x7C00
+        bits[d] = (np.int32(source[d]) & np.int32(0x7FFF)) << np.int32(13)
+    for d in range(out.shape[0]):
+        out[d] *= np.float32(2.0**112) * (np.float32(1.0) - np.float32((np.int32(source[d]) >> 15) & 1) * np.float32(2.0))
+    if infinite:
+        for d in range(out.shape[0]):
+            if (source[d] & 0x7C00) == 0x7C00:
+                out[d] = np.float32(np.nan) if source[d] & 0x3FF else np.float32(np.inf) * np.sign(out[d])
+
+
+@njit(**EXACT)
+def save(x, kind, out):
+    """fp32 (D,) to words (n,), rounded to the nearest."""
+    if kind == FLOAT:
+        out.view(np.float32)[:] = x
+        return
+    bits = x.view(np.int32)
+    for d in range(x.shape[0]):
+        if x[d] != x[d]:
+            out[d] = np.int16(0x7FC0) if kind == BRAIN else np.int16(0x7E00)
+        elif kind == BRAIN:
+            out[d] = np.int16((bits[d] + np.int32(0x7FFF) + ((bits[d] >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+        else:
+            out[d] = np.int16(half(x[d]))
