@@ -52,6 +52,18 @@ class EncodeRow(Columns):
     token_us: Maybe = Field(None, alias="token us")
 
 
+class StepsRow(Columns):
+    """A contender's time of a token, on all cores and by the clock; a layer's share of the first."""
+
+    contender: str
+    batch: PositiveInt
+    process_ms: Number = Field(alias="process ms")
+    wall_ms: Number = Field(alias="wall ms")
+    layer_us: Number = Field(alias="layer us")
+    times_dynamic: Number = Field(alias="x dynamic")
+    wall_times_dynamic: Number = Field(alias="wall x dynamic")
+
+
 class ThroughputRow(Columns):
     """A contender at a batch: speeds and bytes, or why it was not run. method: "" for transformers' caches."""
 
@@ -143,6 +155,14 @@ class Encode(Report):
     bench: Literal["encode"] = "encode"
     copied: Number = Field(alias="copy MB/s")
     rows: list[EncodeRow]
+
+
+class Steps(Report):
+    """`kvist bench steps`."""
+
+    bench: Literal["steps"] = "steps"
+    seed: int = 0
+    rows: list[StepsRow]
 
 
 class Throughput(Report):

@@ -80,6 +80,8 @@ class Layer(Store, CacheLayerMixin):
             before = self.stand
             if step.take(self, key_states, value_states):
                 view = View(self, None, self.slots, before.move(key_states.shape[2]))
+                if not self.plan.packs:
+                    return view.dense(0), view.dense(1)
                 return Handle(view, 0), Handle(view, 1)
         return self._update(key_states, value_states)
 

@@ -44,6 +44,29 @@ def decode(
 
 
 @app.command()
+def steps(
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows; more than one are padded on the left.")] = 1,
+    tokens: Annotated[int, typer.Option(min=2, help="Generated tokens.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each contender, in turn.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random model.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
+    json: Json = False,
+) -> None:
+    """What a token of `generate` costs the host with a model of 32 tiny layers, against transformers' own caches.
+
+    Example: kvist bench steps --method kivi:2 --batch 8
+    """
+    from kvist.bench import steps as measured
+
+    chosen = {"methods": method} if method else {}
+    measured.run(
+        **chosen, batch=batch, tokens=tokens, rounds=rounds, threads=threads, seed=seed, out=out, as_json=json
+    )
+
+
+@app.command()
 def encode(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 15,
