@@ -17,7 +17,7 @@ from kvist.kernels.numba.codes import FAST
 from kvist.kernels.numba.coding import butterflies
 from kvist.kernels.numba.dense import dots, weigh
 from kvist.kernels.contract import BEHIND, HELD, KEYS, LIMIT, ORIGIN, VALUES
-from kvist.kernels.numba.layout import FLOAT, load, save
+from kvist.kernels.numba.layout import EACH, FLOAT, SIDE, kept_of, load, save, side_of
 from kvist.kernels.numba.pages import hide, read, read_token, score_page, soften
 from kvist.kernels.numba.rotary import phase
 
@@ -134,16 +134,18 @@ def _merge(work, first, last, acc, top, total):
 
 
 @njit(**FAST)
-def attend(q, kind, numbers, key, value, kept, turning, see, counter, work, done, sink, out, lse):
+def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
     """Draw pieces until none is left.
 
     q: words (B, Hq, M, n) of a kind; numbers: the scale of scores, a soft cap or 0, tokens per page, pages per piece;
-    key, value: `Side`s; kept: the `Kept` of both; turning: frequencies, and turns within a page (2, page, F); see:
-    `contract.See`; counter (1,) and done (pieces,), int64, zeros; work: see `_merge`, used where a row and head is cut;
-    sink (Hq,) or none; out: words (B, M, Hq, n) in the queries' type; lse (B, Hq, M) or none.
+    flat: see `numba.write.store`; turning: frequencies, and turns within a page (2, page, F); see: `contract.See`;
+    room: a counter (1,) and one per piece, int64, zeros, and work, see `_merge`, used where a row and head is cut; sink (Hq,) or none; out: words (B, M, Hq, n) in the queries' type; lse (B, Hq, M) or none.
     """
-    scale, softcap, page, run = numbers
+    scale, softcap, page, run = np.float32(numbers[0]), np.float32(numbers[1]), numbers[2], numbers[3]
     frequencies, turns = turning
+    counter, done, work = room
+    key, value = side_of(flat), side_of(flat[EACH:])
+    kept = kept_of(flat[SIDE:]), kept_of(flat[EACH + SIDE :])
     heads, many, size = kept[0].ring.shape[1], q.shape[2], 2 if kind == FLOAT else 1
     rows, dim, value_dim = q.shape[1] // heads * many, q.shape[3] // size, out.shape[3] // size
     x, y = np.empty((page, dim), np.float32), np.zeros((page, value_dim), np.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import LIMIT, ORIGIN, Partial, See, Storage, Stored, Traits, Write
-from kvist.kernels.numba.layout import KINDS, NO_WORDS, NOTHING, Kept, coder, kept, side, words
+from kvist.kernels.numba.layout import KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side, words
 from kvist.kernels.numba.rotary import turns
 from kvist.kernels.numba.attend import attend
 from kvist.kernels.numba.write import store
@@ -27,7 +27,7 @@ class Own(threading.local):
         self.counter, self.done = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self.work = np.empty((1, 0, 0), np.float32)
 
-    def room(self, pieces: int, rows: int, width: int) -> None:
+    def room(self, pieces: int, rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self.counter[0] = 0
         if self.work.shape[0] < pieces or self.work.shape[1:] != (rows, width):
             self.work = np.empty((pieces, rows, width), np.float32)
@@ -35,6 +35,7 @@ class Own(threading.local):
             self.done = np.zeros(pieces, np.int64)
         else:
             self.done[:pieces] = 0
+        return self.counter, self.done, self.work
 
 
 own = Own()
@@ -45,10 +46,12 @@ class Bound:
 
     def __init__(self, key: Traits, value: Traits, storage: Storage):
         stored, traits, self.page = storage.stored, (key, value), storage.page
-        self.sides = tuple(side(t, s, self.page) for t, s in zip(traits, stored, strict=True))
-        self.kept = tuple(map(kept, storage.exact))
-        clipped = zip(traits, stored, storage.clipped, strict=True)
-        self.coders = tuple(coder(t, s.constants, c) for t, s, c in clipped)
+        self.parts = [
+            part
+            for t, s, e, c in zip(traits, stored, storage.exact, storage.clipped, strict=True)
+            for part in (side(t, s, self.page), kept(e), coder(t, s.constants, c))
+        ]
+        self.flat = flat(*self.parts)
         self.turning = _turning(key, stored[0], self.page)
         _, self.heads, _, self.dim = storage.exact[0].ring.shape
         self.value_dim = storage.exact[1].ring.shape[3]
@@ -58,8 +61,7 @@ class Bound:
 
     def store(self, keys: Tensor, values: Tensor, write: Write) -> None:
         """Pack what is due, then keep new keys and values (B, H, M, D), which are of the exact tokens' type."""
-        new = words(keys.contiguous()), words(values.contiguous())
-        cast(Callable, store)(new, *self.sides, self.coders, self.kept, write, self.page)
+        cast(Callable, store)(words(keys.contiguous()), words(values.contiguous()), self.flat, write, self.page)
 
     def attend(
         self, queries: Tensor, see: See, scale: float, softcap: float | None = None, sink: Tensor | None = None
@@ -68,8 +70,8 @@ class Bound:
         batch, heads, many, _ = queries.shape
         out = torch.empty(batch, many, heads, self.value_dim, dtype=queries.dtype)
         logits = NOTHING if sink is None else sink.detach().float().numpy()
-        numbers = scale, softcap or 0.0, self.page
-        call = self.sides, self.kept, self.turning, see
+        numbers = float(scale), float(softcap or 0.0), self.page
+        call = self.flat, self.turning, see
         run(words(queries.contiguous()), KINDS[queries.dtype], numbers, call, logits, words(out), NO_LSE)
         return out.transpose(1, 2)
 
@@ -88,9 +90,11 @@ def attend_pages(
     )
     out, lse = torch.empty(batch, many, heads, value_dim), torch.empty(batch, heads, many)
     empty = tuple(Kept(*(np.empty((batch, kv_heads, 0, 2 * n), np.int16),) * 3, 0) for n in (dim, value_dim))
-    plain = tuple(s._replace(turn=0) for s in sides)  # queries and output are in the space of the pages
-    call = plain, empty, _turning(key, k, page), see
-    run(words(q.contiguous()), KINDS[q.dtype], (scale, softcap or 0.0, page), call, NOTHING, words(out), lse.numpy())
+    blank = coder(key, k.constants, torch.zeros((), dtype=torch.long))
+    # queries and output are in the space of the pages: nothing is to be rotated
+    parts = [part for s, e in zip(sides, empty, strict=True) for part in (s._replace(turn=0), e, blank)]
+    call = flat(*parts), _turning(key, k, page), see
+    run(words(q.contiguous()), KINDS[q.dtype], (float(scale), float(softcap or 0.0), page), call, NOTHING, words(out), lse.numpy())
     return Partial(out.transpose(1, 2), lse)
 
 
@@ -109,8 +113,8 @@ def _turns(frequencies: bytes, page: int, scaling: float) -> np.ndarray:
 def run(q: np.ndarray, kind: int, numbers: tuple, call: tuple, sink: np.ndarray, out: np.ndarray, lse: np.ndarray) -> None:
     """One call where the work is small; otherwise all threads draw pieces until none is left: one that shares its core
     with somebody else draws fewer."""
-    (key, value), held, turning, see = call
-    (scale, softcap, page), heads = numbers, held[0].ring.shape[1]
+    numbers_of, turning, see = call
+    (scale, softcap, page), heads = numbers, int(numbers_of[SIDE + 6])
     width = out.shape[3] // (2 if kind == 0 else 1)
     threads = torch.get_num_threads() if see.tokens * heads * width > SMALL else 1
     cells, length = heads * len(see.rows), WHOLE_ROWS
@@ -120,10 +124,9 @@ def run(q: np.ndarray, kind: int, numbers: tuple, call: tuple, sink: np.ndarray,
         if cells < 4 * threads or len(see.rows) > 1:
             length = max(4, int(pages * cells) // (8 * threads))
             pieces = int((np.maximum(1, -(-(-(-see.rows[:, LIMIT] // page)) // length))).sum()) * heads
-    own.room(pieces, q.shape[1] // heads * q.shape[2] if pieces > cells else 0, width + 2)
-    numbers = np.float32(scale), np.float32(softcap), page, length
+    room = own.room(pieces, q.shape[1] // heads * q.shape[2] if pieces > cells else 0, width + 2)
     work = cast(Callable, attend)
-    arguments = q, kind, numbers, key, value, held, turning, see, own.counter, own.work, own.done, sink, out, lse
+    arguments = q, kind, (scale, softcap, page, length), numbers_of, turning, see, room, sink, out, lse
     if threads == 1:
         work(*arguments)
         return

@@ -5,12 +5,15 @@ compiled version serves every type; `Kept.kind` and `Side.kind` say which it is.
 of its kind.
 """
 
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 from kvist.kernels.contract import PLANES, Constants, Exact, Stored, Traits
@@ -22,6 +25,7 @@ WORDS = {FLOAT: 2, HALF: 1, BRAIN: 1}  # words per number
 NOTHING, NO_FIXED, NO_HALVES = np.empty(0, np.float32), np.empty((0, 0), np.float32), np.empty((0, 1, 0), np.uint16)
 NO_CODES, NO_WORDS = np.empty((0, 0, 0, 0), np.uint8), np.empty((0, 0, 0, 0), np.int16)
 NO_OUTLIERS = np.empty((0, 0, 0), np.uint16), np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.uint8)
+INLINE = {**EXACT, "inline": "always"}
 STYLES = {"": 0, "half": 1, "interleaved": 2}
 
 
@@ -124,6 +128,64 @@ def words(x: Tensor) -> np.ndarray:
 
 def _halves(array: Tensor) -> np.ndarray:
     return array.numpy().view(np.uint16)
+
+
+def flat(*parts: Side | Coder | Kept) -> np.ndarray:
+    """Addresses, shapes and numbers of some parts, one after the other: handing over a hundred arrays one by one takes
+    a compiled function longer than a step of a small layer. Whoever keeps it keeps the arrays."""
+    numbers: list[int] = []
+    for value in chain(*parts):
+        numbers += [value.ctypes.data, *value.shape] if isinstance(value, np.ndarray) else [int(value)]
+    return np.array(numbers, np.int64)
+
+
+@intrinsic
+def _pointer(context, address):
+    """A whole number as an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@njit(**INLINE)
+def side_of(f):
+    """The `Side` at the start of `flat` numbers."""
+    return Side(
+        carray(_pointer(f[0]), (f[1], f[2], f[3], f[4]), np.uint8), carray(_pointer(f[5]), (f[6], f[7]), np.int32),
+        f[8], f[9], carray(_pointer(f[10]), (f[11],), np.float32),
+        carray(_pointer(f[12]), (f[13], f[14], f[15]), np.uint16),
+        carray(_pointer(f[16]), (f[17], f[18], f[19]), np.uint16),
+        carray(_pointer(f[20]), (f[21], f[22]), np.float32), carray(_pointer(f[23]), (f[24], f[25]), np.float32),
+        f[26], f[27] != 0, carray(_pointer(f[28]), (f[29], f[30], f[31]), np.uint16),
+        carray(_pointer(f[32]), (f[33], f[34], f[35]), np.uint8),
+        carray(_pointer(f[36]), (f[37], f[38], f[39]), np.uint8),
+        carray(_pointer(f[40]), (f[41], f[42], f[43], f[44]), np.int16), f[45], f[46],
+    )  # fmt: skip
+
+
+@njit(**INLINE)
+def kept_of(f):
+    """The `Kept` at the start of `flat` numbers."""
+    return Kept(
+        carray(_pointer(f[0]), (f[1], f[2], f[3], f[4]), np.int16),
+        carray(_pointer(f[5]), (f[6], f[7], f[8], f[9]), np.int16),
+        carray(_pointer(f[10]), (f[11], f[12], f[13], f[14]), np.int16), f[15],
+    )  # fmt: skip
+
+
+@njit(**INLINE)
+def coder_of(f):
+    """The `Coder` at the start of `flat` numbers."""
+    return Coder(
+        carray(_pointer(f[0]), (f[1],), np.float32), carray(_pointer(f[2]), (f[3], f[4]), np.float32), f[5],
+        f[6] != 0, np.float32(f[7]), np.float32(f[8]), f[9] != 0, f[10], carray(_pointer(f[11]), (f[12],), np.int64),
+    )  # fmt: skip
+
+
+SIDE, KEPT, CODER = 47, 16, 13  # numbers of each
+EACH = SIDE + KEPT + CODER
 
 
 @njit(**EXACT)

@@ -50,7 +50,7 @@ def _coding(request: Request) -> list[str]:
 def _whole(request: Request) -> list[str]:
     key, _ = request.sides
     reasons = [f"{side} have a range of kind absmax" for side, traits in request.named() if traits.range == "absmax"]
-    reasons += _turned(request)
+    reasons += _turned(request) + _wide(request)
     if key.rotary and request.pinned:
         reasons.append("keys are stored before a rotary embedding, and some are kept exact as well")
     if request.kept not in TYPES | {None}:
@@ -66,6 +66,14 @@ def _whole(request: Request) -> list[str]:
     return reasons
 
 
+def _wide(request: Request) -> list[str]:
+    return [
+        f"{side} have outliers, and heads of more than 256"
+        for (side, traits), dim in zip(request.named(), request.dims, strict=False)
+        if traits.outliers and dim > 256
+    ]
+
+
 def _turned(request: Request) -> list[str]:
     """What is refused of keys and values that are packed before a rotary embedding."""
     key, value = request.sides
@@ -79,7 +87,7 @@ def _turned(request: Request) -> list[str]:
 
 
 def _pages(request: Request) -> list[str]:
-    reasons = _turned(request)
+    reasons = _turned(request) + _wide(request)
     if request.hidden:
         reasons.append("a query does not see every packed token")
     return reasons

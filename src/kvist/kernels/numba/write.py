@@ -11,7 +11,7 @@ from numba import njit
 from kvist.kernels.contract import BEFORE, NEW
 from kvist.kernels.numba.codes import EXACT
 from kvist.kernels.numba.coding import butterflies, extremes_along_channels, extremes_along_tokens, to_codes, to_ranges
-from kvist.kernels.numba.layout import HALF, load
+from kvist.kernels.numba.layout import EACH, HALF, KEPT, SIDE, coder_of, kept_of, load, side_of
 from kvist.kernels.numba.sparse import clipped, find
 
 END = 0x7BFF  # the largest of fp16: what lay beyond it was clipped
@@ -135,7 +135,9 @@ def put(new, side, coder, kept, due, rows, columns, page):
 
 
 @njit(**EXACT)
-def store(new, key, value, coders, kept, write, page):
-    """Both sides of a step; new: of keys and of values."""
-    put(new[0], key, coders[0], kept[0], write.keys, write.rows, write.columns, page)
-    put(new[1], value, coders[1], kept[1], write.values, write.rows, write.columns, page)
+def store(keys, values, flat, write, page):
+    """Both sides of a step; flat: `Side`, `Kept` and `Coder` of keys, and of values, see `numba.layout`."""
+    for i in range(2):
+        f, new, due = (flat[:EACH], keys, write.keys) if i == 0 else (flat[EACH:], values, write.values)
+        side, kept, coder = side_of(f), kept_of(f[SIDE:]), coder_of(f[SIDE + KEPT :])
+        put(new, side, coder, kept, due, write.rows, write.columns, page)
