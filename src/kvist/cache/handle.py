@@ -42,6 +42,15 @@ class Handle(Tensor):
     def __init__(self, view: Source, side: int):
         self.source, self.side = view, side
 
+    @classmethod
+    def both(cls, view: Source, keys: tuple[int, ...], values: tuple[int, ...]) -> "tuple[Handle, Handle]":
+        """Keys and values of a view, of these shapes."""
+        dtype, device, make = view.dtype, view.device, Tensor._make_wrapper_subclass
+        pair = make(cls, keys, dtype=dtype, device=device), make(cls, values, dtype=dtype, device=device)
+        for side, handle in enumerate(pair):
+            handle.source, handle.side = view, side
+        return pair
+
     @torch.compiler.disable
     def dense(self) -> Tensor:
         """All slots decoded, padding as zeros."""

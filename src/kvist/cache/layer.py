@@ -74,16 +74,20 @@ class Layer(Store, CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H, T, D); return keys and values of all slots: tensors where nothing is
         packed, otherwise handles that attention reads packed and anything else reads as dense tensors."""
-        if self.slots and key_states.shape[2] <= HOLD:
-            self.check(key_states, value_states)
+        slots = key_states.shape[2]
+        if not self.slots or slots > HOLD:
+            return self._update(key_states, value_states)
+        self.check(key_states, value_states)
+        if key_states.device != self.device:
             self.to(key_states.device)
-            before = self.stand
-            if step.take(self, key_states, value_states):
-                view = View(self, None, self.slots, before.move(key_states.shape[2]))
-                if not self.plan.packs:
-                    return view.dense(0), view.dense(1)
-                return Handle(view, 0), Handle(view, 1)
-        return self._update(key_states, value_states)
+        move = (self._stand or self.stand).move(slots)
+        if not step.take(self, move, key_states, value_states):
+            return self._update(key_states, value_states)
+        view = View(self, None, self.slots, move)
+        if not self.plan.packs:
+            return view.dense(0), view.dense(1)
+        lead = (len(self.lengths), self.shape.heads, self.slots)
+        return Handle.both(view, (*lead, self.shape.key_dim), (*lead, self.shape.value_dim))
 
     @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
     @torch.no_grad()

@@ -210,6 +210,7 @@ class Move:
         self.after = Stand(stand.plan, stand.rows, lengths, stand.maps, states, pins, (False, False))
         if all(a is b for a, b in zip(pins, stand.pins, strict=True)):
             self.after.keep(stand)
+        self.packs = any(settled.pieces for settled in self.settled)
         self.room = max(self.after.waiting, stand.waiting)
         self._tensors: dict[tuple, Tensor] = {}
 

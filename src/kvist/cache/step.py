@@ -25,48 +25,37 @@ BLOCK = 16  # query rows that share a counter
 Tables = tuple[Tensor, ...]
 
 
-def take(store: Store, keys: Tensor, values: Tensor) -> bool:
-    """Store up to `HOLD` new slots, keys and values (B, H, M, D), by a kernel; False where none does that."""
-    on_cpu = store.device.type == "cpu"
-    choice = chosen(store, Operation.WHOLE if on_cpu else Operation.STORE, ())
-    if choice.run is None:
-        return False if not on_cpu else _interpreted(store, keys, values)
-    move = store.stand.move(keys.shape[2])
-    if not on_cpu:
+def take(store: Store, move: Move, keys: Tensor, values: Tensor) -> bool:
+    """Store new keys and values (B, H, M, D), of at most `HOLD` slots, by a kernel; False where none does that."""
+    if store.whole is None:
+        store.whole = store.device.type == "cpu" and chosen(store, Operation.WHOLE, ()).run is not None
+    if not store.whole:
         return _launched(store, move, (keys, values))
     if keys.dtype != store.key.exact.ring.dtype:
         keys, values = store.kept(keys, values)
-    prepare(store, move, move.room)
+    if not store.bounded or move.room > store.key.exact.capacity:
+        store.fit(move.room, shrink=True)
+    if move.packs:
+        take_pages(store, move)
     bound(store).store(keys, values, move.write)
     store.moved_on(move)
     return True
 
 
-def _interpreted(store: Store, keys: Tensor, values: Tensor) -> bool:
-    """A GPU's kernels on a CPU, where they are asked for."""
-    if chosen(store, Operation.STORE, ()).run is None:
-        return False
-    return _launched(store, store.stand.move(keys.shape[2]), (keys, values))
-
-
 def _launched(store: Store, move: Move, new: tuple[Tensor, Tensor]) -> bool:
     """By STORE, which takes one token per row, at its position's slot."""
-    if move.slots > 1 or not advanceable(store) or not all(move.counts):
+    if chosen(store, Operation.STORE, ()).run is None or move.slots > 1:
+        return False
+    if not advanceable(store) or not all(move.counts):
         return False
     new = store.kept(*new)
-    prepare(store, move, store.stand.waiting + 1)  # what is packed is read from the ring in the same launch
+    store.fit(store.stand.waiting + 1)  # what is packed is read from the ring in the same launch
+    take_pages(store, move)
     keep_pins(store, move)
     most = (store.key.exact.capacity,) * 2
     launch(store, new, tables(store), constants(store), move.on(store.device), most)
     store.moved_on(move)
     return True
-
-
-def prepare(store: Store, move: Move, room: int) -> None:
-    """Rings with room for so many tokens, and pages for what is due."""
-    if not store.bounded or room > store.key.exact.capacity:
-        store.fit(room, shrink=True)
-    take_pages(store, move)
 
 
 def take_pages(store: Store, move: Move) -> None:

@@ -44,6 +44,7 @@ class Store:
         self.counters: Tensor | None = None
         self.choices: dict[tuple, Choice] = {}  # see `step.chosen`
         self.bound: tuple[tuple, object] | None = None  # see `step.bound`
+        self.whole: bool | None = None  # whether a CPU's kernel takes its steps; None: not asked yet
         self._stand: Stand | None = None
         self._apart: dict[str, tuple[tuple, Tensor]] = {}
         self.lengths: list[int] = []
@@ -69,7 +70,7 @@ class Store:
         if device != self.device:
             for track in self.tracks:
                 track.to(device)
-            self.device, self._apart, self.choices = device, {}, {}
+            self.device, self._apart, self.choices, self.whole = device, {}, {}, None
 
     @property
     def request(self) -> Request:
@@ -96,8 +97,9 @@ class Store:
             )
         if not self.made:
             return
-        found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, self.exact)
-        if found != self.shape or keys.shape[0] != self.batch_size:
+        shape, sizes = self.shape, (len(self.lengths), self.shape.heads, self.shape.key_dim, self.shape.value_dim)
+        if (*keys.shape[:2], keys.shape[3], values.shape[3]) != sizes or keys.dtype != shape.dtype:
+            found = Geometry(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, self.exact)
             raise ValueError(
                 f"this cache holds a batch of {self.batch_size}, {self.shape}; found {keys.shape[0]}, {found}"
             )

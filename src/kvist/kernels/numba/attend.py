@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -17,7 +17,7 @@ from kvist.kernels.numba.codes import FAST
 from kvist.kernels.numba.coding import butterflies
 from kvist.kernels.numba.dense import dots, weigh
 from kvist.kernels.contract import BEHIND, HELD, KEYS, LIMIT, ORIGIN, VALUES
-from kvist.kernels.numba.layout import EACH, FLOAT, SIDE, kept_of, load, save, side_of
+from kvist.kernels.numba.layout import EACH, FLOAT, SIDE, kept_of, load, pointer, save, side_of
 from kvist.kernels.numba.pages import hide, read, read_token, score_page, soften
 from kvist.kernels.numba.rotary import phase
 
@@ -61,14 +61,17 @@ def _blind(scores, number, horizon):
             scores[r, t] = np.float32(-np.inf)
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def _exact(kept, row, head, sinks, first, out):
-    """Exact tokens from a position, or from a sink, on to out (n, D), fp32."""
-    for t in range(out.shape[0]):
-        if sinks:
-            load(kept.sinks[row, head, first + t], kept.kind, out[t])
-        else:
-            load(kept.ring[row, head, (first + t) % kept.ring.shape[2]], kept.kind, out[t])
+    """Exact tokens from a sink on, or from a position on, which do not cross the ring's end, (n, D), fp32: as they lie,
+    or in `out`, where they are of another type."""
+    count, at = out.shape[0], first if sinks else first % kept.ring.shape[2]
+    source = kept.sinks[row, head, at : at + count] if sinks else kept.ring[row, head, at : at + count]
+    if kept.kind == FLOAT:
+        return source.view(np.float32)
+    for t in range(count):
+        load(source[t], kept.kind, out[t])
+    return out
 
 
 @njit(**FAST)
@@ -134,20 +137,23 @@ def _merge(work, first, last, acc, top, total):
 
 
 @njit(**FAST)
-def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
+def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
     """Draw pieces until none is left.
 
-    q: words (B, Hq, M, n) of a kind; numbers: the scale of scores, a soft cap or 0, tokens per page, pages per piece;
+    q: the address of queries (B, Hq, M, D); shape: Hq, M and their `KINDS`; numbers: the scale of scores, a soft cap or 0, tokens per page, pages per piece;
     flat: see `numba.write.store`; turning: frequencies, and turns within a page (2, page, F); see: `contract.See`;
-    room: a counter (1,) and one per piece, int64, zeros, and work, see `_merge`, used where a row and head is cut; sink (Hq,) or none; out: words (B, M, Hq, n) in the queries' type; lse (B, Hq, M) or none.
+    room: a counter (1,) and one per piece, int64, zeros, and work, see `_merge`, used where a row and head is cut; sink (Hq,) or none; out: the address of (B, M, Hq, Dv) in the queries' type; lse (B, Hq, M) or none.
     """
     scale, softcap, page, run = np.float32(numbers[0]), np.float32(numbers[1]), numbers[2], numbers[3]
     frequencies, turns = turning
     counter, done, work = room
     key, value = side_of(flat), side_of(flat[EACH:])
     kept = kept_of(flat[SIDE:]), kept_of(flat[EACH + SIDE :])
-    heads, many, size = kept[0].ring.shape[1], q.shape[2], 2 if kind == FLOAT else 1
-    rows, dim, value_dim = q.shape[1] // heads * many, q.shape[3] // size, out.shape[3] // size
+    batch, heads, _, words = kept[0].ring.shape
+    many, kind, size, own = shape[1], shape[2], 2 if shape[2] == FLOAT else 1, 2 if kept[0].kind == FLOAT else 1
+    rows, dim, value_dim = shape[0] // heads * many, words // own, kept[1].ring.shape[3] // own
+    asked = carray(pointer(q), (batch, shape[0], many, dim * size), np.int16)
+    answer = carray(pointer(out), (batch, many, shape[0], value_dim * size), np.int16)
     x, y = np.empty((page, dim), np.float32), np.zeros((page, value_dim), np.float32)
     scratch = np.empty((2, page * max(dim, value_dim)), np.float32)
     raw, turned, folded = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
@@ -158,14 +164,14 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
     while True:
         piece = _draw(counter)
         row, part = 0, piece
-        while row < q.shape[0] and part >= heads * _pieces(see.rows[row, LIMIT], page, run):
+        while row < batch and part >= heads * _pieces(see.rows[row, LIMIT], page, run):
             part -= heads * _pieces(see.rows[row, LIMIT], page, run)
             row += 1
-        if row == q.shape[0]:
+        if row == batch:
             return
         line, cut = see.rows[row], _pieces(see.rows[row, LIMIT], page, run)
         head, part = part // cut, part % cut
-        _queries(q, kind, scale, row, head, raw)
+        _queries(asked, kind, scale, row, head, raw)
         turned[:] = raw
         if key.turn:
             butterflies(turned, key.turn, np.float32(1.0 / math.sqrt(key.turn)))
@@ -186,7 +192,8 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
                     continue
                 slot = see.span[at, 3] + within
                 p, first, number = slot // page, slot % page, see.span[at, 1] + within
-                n = min(page, first + see.span[at, 2] - within)
+                capacity = kept[0].ring.shape[2]
+                n = min(page, first + see.span[at, 2] - within, first + capacity - number % capacity)
                 within += n - first
                 if within == see.span[at, 2]:
                     at, within = at + 1, 0
@@ -197,7 +204,8 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
                 number, n = at, min(page, line[HELD] - at)
                 at += n
             elif stage == RING and at < line[BEHIND]:
-                number, n = at, min(page, line[BEHIND] - at)
+                capacity = kept[0].ring.shape[2]
+                number, n = at, min(page, line[BEHIND] - at, capacity - at % capacity)
                 at += n
             else:
                 stage = stage + 1 if part == cut - 1 else OVER
@@ -213,9 +221,10 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
             else:
                 if stage == PINS:
                     n = _pinned(see.pinned[row], row, number, kept[0], key, line[KEYS], 1, page, head, scratch, x)
+                    tokens = x[:n]
                 else:
-                    _exact(kept[0], row, head, stage == SINKS, number, x[first:n])
-                dots(raw, x[first:n], scores[:, first:n])
+                    tokens = _exact(kept[0], row, head, stage == SINKS, number, x[first:n])
+                dots(raw, tokens, scores[:, first:n])
             if stage == PAGES or stage == SPAN:
                 if first or skip.shape[0]:
                     hide(scores, first, skip[p * page : p * page + n])
@@ -231,9 +240,10 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
             else:
                 if stage == PINS:
                     _pinned(see.pinned[row], row, number, kept[1], value, line[VALUES], 2, page, head, scratch, y)
+                    tokens = y[:n]
                 else:
-                    _exact(kept[1], row, head, stage == SINKS, number, y[first:n])
-                weigh(scores[:, first:n], y[first:n], acc)
+                    tokens = _exact(kept[1], row, head, stage == SINKS, number, y[first:n])
+                weigh(scores[:, first:n], tokens, acc)
         if value.turn:
             butterflies(packed, value.turn, np.float32(1.0 / math.sqrt(value.turn)))
         acc += packed
@@ -243,4 +253,4 @@ def attend(q, kind, numbers, flat, turning, see, room, sink, out, lse):
             if _draw(done[piece - part : piece - part + 1]) < cut - 1:
                 continue
             _merge(work, piece - part, piece - part + cut, acc, top, total)
-        _finish(acc, top, total, sink, row, head, many, kind, out, lse)
+        _finish(acc, top, total, sink, row, head, many, kind, answer, lse)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import LIMIT, ORIGIN, Partial, See, Storage, Stored, Traits, Write
-from kvist.kernels.numba.layout import KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side, words
+from kvist.kernels.numba.layout import KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
 from kvist.kernels.numba.rotary import turns
 from kvist.kernels.numba.attend import attend
 from kvist.kernels.numba.write import store
 
+compiled_attend, compiled_store = cast(Callable, attend), cast(Callable, store)
 SMALL = 1 << 19  # numbers of a layer that one thread reads before another has woken up
 NO_LSE, WHOLE_ROWS = np.empty((0, 0, 0), np.float32), 1 << 40
 
@@ -26,6 +27,7 @@ class Own(threading.local):
     def __init__(self) -> None:
         self.counter, self.done = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self.work = np.empty((1, 0, 0), np.float32)
+        self.alone = self.counter, self.done, self.work
 
     def room(self, pieces: int, rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self.counter[0] = 0
@@ -61,18 +63,18 @@ class Bound:
 
     def store(self, keys: Tensor, values: Tensor, write: Write) -> None:
         """Pack what is due, then keep new keys and values (B, H, M, D), which are of the exact tokens' type."""
-        cast(Callable, store)(words(keys.contiguous()), words(values.contiguous()), self.flat, write, self.page)
+        keys, values = keys.contiguous(), values.contiguous()
+        compiled_store(keys.data_ptr(), values.data_ptr(), keys.shape[2], self.flat, write, self.page)
 
     def attend(
         self, queries: Tensor, see: See, scale: float, softcap: float | None = None, sink: Tensor | None = None
     ) -> Tensor:
         """Attention of queries (B, Hq, M, D) over everything, (B, Hq, M, Dv) in their type."""
         batch, heads, many, _ = queries.shape
-        out = torch.empty(batch, many, heads, self.value_dim, dtype=queries.dtype)
+        out = torch.empty((batch, many, heads, self.value_dim), dtype=queries.dtype)
         logits = NOTHING if sink is None else sink.detach().float().numpy()
-        numbers = float(scale), float(softcap or 0.0), self.page
-        call = self.flat, self.turning, see
-        run(words(queries.contiguous()), KINDS[queries.dtype], numbers, call, logits, words(out), NO_LSE)
+        call = self.flat, self.turning, see, logits, NO_LSE
+        run(queries.contiguous(), (float(scale), float(softcap or 0.0), self.page), call, out)
         return out.transpose(1, 2)
 
 
@@ -93,8 +95,8 @@ def attend_pages(
     blank = coder(key, k.constants, torch.zeros((), dtype=torch.long))
     # queries and output are in the space of the pages: nothing is to be rotated
     parts = [part for s, e in zip(sides, empty, strict=True) for part in (s._replace(turn=0), e, blank)]
-    call = flat(*parts), _turning(key, k, page), see
-    run(words(q.contiguous()), KINDS[q.dtype], (float(scale), float(softcap or 0.0), page), call, NOTHING, words(out), lse.numpy())
+    call = flat(*parts), _turning(key, k, page), see, NOTHING, lse.numpy()
+    run(q.contiguous(), (float(scale), float(softcap or 0.0), page), call, out)
     return Partial(out.transpose(1, 2), lse)
 
 
@@ -110,28 +112,26 @@ def _turns(frequencies: bytes, page: int, scaling: float) -> np.ndarray:
     return np.stack(turns(frequencies, page, scaling))
 
 
-def run(q: np.ndarray, kind: int, numbers: tuple, call: tuple, sink: np.ndarray, out: np.ndarray, lse: np.ndarray) -> None:
+def run(q: Tensor, numbers: tuple[float, float, int], call: tuple, out: Tensor) -> None:
     """One call where the work is small; otherwise all threads draw pieces until none is left: one that shares its core
-    with somebody else draws fewer."""
-    numbers_of, turning, see = call
-    (scale, softcap, page), heads = numbers, int(numbers_of[SIDE + 6])
-    width = out.shape[3] // (2 if kind == 0 else 1)
-    threads = torch.get_num_threads() if see.tokens * heads * width > SMALL else 1
-    cells, length = heads * len(see.rows), WHOLE_ROWS
-    pieces = cells
-    if threads > 1:
-        pages = see.rows[:, LIMIT].max() // page + 1
-        if cells < 4 * threads or len(see.rows) > 1:
-            length = max(4, int(pages * cells) // (8 * threads))
-            pieces = int((np.maximum(1, -(-(-(-see.rows[:, LIMIT] // page)) // length))).sum()) * heads
-    room = own.room(pieces, q.shape[1] // heads * q.shape[2] if pieces > cells else 0, width + 2)
-    work = cast(Callable, attend)
-    arguments = q, kind, (scale, softcap, page, length), numbers_of, turning, see, room, sink, out, lse
-    if threads == 1:
-        work(*arguments)
+    with somebody else draws fewer. numbers: scale, soft cap, page; call: see `numba.attend.attend`."""
+    addresses, turning, see, sink, lse = call
+    shape = q.shape[1], q.shape[2], KINDS[q.dtype]
+    if see.tokens * addresses[SIDE + 6] * out.shape[3] <= SMALL or (threads := torch.get_num_threads()) == 1:
+        room = own.alone
+        room[0][0] = 0
+        size = *numbers, WHOLE_ROWS
+        compiled_attend(q.data_ptr(), shape, size, addresses, turning, see, room, sink, out.data_ptr(), lse)
         return
-    others = [_threads(threads - 1).submit(work, *arguments) for _ in range(threads - 1)]
-    work(*arguments)
+    heads, limits, page = int(addresses[SIDE + 6]), see.rows[:, LIMIT], numbers[2]
+    pages = -(-limits // page)
+    length = max(4, int(pages.sum()) * heads // (8 * threads))
+    pieces = int(np.maximum(1, -(-pages // length)).sum()) * heads
+    room = own.room(pieces, shape[0] // heads * shape[1], out.shape[3] + 2)
+    size = *numbers, length
+    arguments = q.data_ptr(), shape, size, addresses, turning, see, room, sink, out.data_ptr(), lse
+    others = [_threads(threads - 1).submit(compiled_attend, *arguments) for _ in range(threads - 1)]
+    compiled_attend(*arguments)
     for other in others:
         other.result()
 

@@ -23,7 +23,16 @@ def dots(q, x, scores):
             scores[r, t], scores[r + 1, t], scores[r + 2, t], scores[r + 3, t] = a0, a1, a2, a3
     for r in range(rows // 4 * 4, rows):
         q0 = q[r]
-        for t in range(tokens):
+        for t in range(0, tokens - 3, 4):
+            x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
+            a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for d in range(dim):
+                a0 += q0[d] * x0[d]
+                a1 += q0[d] * x1[d]
+                a2 += q0[d] * x2[d]
+                a3 += q0[d] * x3[d]
+            scores[r, t], scores[r, t + 1], scores[r, t + 2], scores[r, t + 3] = a0, a1, a2, a3
+        for t in range(tokens // 4 * 4, tokens):
             y = x[t]
             a0 = np.float32(0)
             for d in range(dim):

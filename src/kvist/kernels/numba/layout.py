@@ -140,7 +140,7 @@ def flat(*parts: Side | Coder | Kept) -> np.ndarray:
 
 
 @intrinsic
-def _pointer(context, address):
+def pointer(context, address):
     """A whole number as an address."""
 
     def generate(context, builder, signature, arguments):
@@ -153,15 +153,15 @@ def _pointer(context, address):
 def side_of(f):
     """The `Side` at the start of `flat` numbers."""
     return Side(
-        carray(_pointer(f[0]), (f[1], f[2], f[3], f[4]), np.uint8), carray(_pointer(f[5]), (f[6], f[7]), np.int32),
-        f[8], f[9], carray(_pointer(f[10]), (f[11],), np.float32),
-        carray(_pointer(f[12]), (f[13], f[14], f[15]), np.uint16),
-        carray(_pointer(f[16]), (f[17], f[18], f[19]), np.uint16),
-        carray(_pointer(f[20]), (f[21], f[22]), np.float32), carray(_pointer(f[23]), (f[24], f[25]), np.float32),
-        f[26], f[27] != 0, carray(_pointer(f[28]), (f[29], f[30], f[31]), np.uint16),
-        carray(_pointer(f[32]), (f[33], f[34], f[35]), np.uint8),
-        carray(_pointer(f[36]), (f[37], f[38], f[39]), np.uint8),
-        carray(_pointer(f[40]), (f[41], f[42], f[43], f[44]), np.int16), f[45], f[46],
+        carray(pointer(f[0]), (f[1], f[2], f[3], f[4]), np.uint8), carray(pointer(f[5]), (f[6], f[7]), np.int32),
+        f[8], f[9], carray(pointer(f[10]), (f[11],), np.float32),
+        carray(pointer(f[12]), (f[13], f[14], f[15]), np.uint16),
+        carray(pointer(f[16]), (f[17], f[18], f[19]), np.uint16),
+        carray(pointer(f[20]), (f[21], f[22]), np.float32), carray(pointer(f[23]), (f[24], f[25]), np.float32),
+        f[26], f[27] != 0, carray(pointer(f[28]), (f[29], f[30], f[31]), np.uint16),
+        carray(pointer(f[32]), (f[33], f[34], f[35]), np.uint8),
+        carray(pointer(f[36]), (f[37], f[38], f[39]), np.uint8),
+        carray(pointer(f[40]), (f[41], f[42], f[43], f[44]), np.int16), f[45], f[46],
     )  # fmt: skip
 
 
@@ -169,9 +169,9 @@ def side_of(f):
 def kept_of(f):
     """The `Kept` at the start of `flat` numbers."""
     return Kept(
-        carray(_pointer(f[0]), (f[1], f[2], f[3], f[4]), np.int16),
-        carray(_pointer(f[5]), (f[6], f[7], f[8], f[9]), np.int16),
-        carray(_pointer(f[10]), (f[11], f[12], f[13], f[14]), np.int16), f[15],
+        carray(pointer(f[0]), (f[1], f[2], f[3], f[4]), np.int16),
+        carray(pointer(f[5]), (f[6], f[7], f[8], f[9]), np.int16),
+        carray(pointer(f[10]), (f[11], f[12], f[13], f[14]), np.int16), f[15],
     )  # fmt: skip
 
 
@@ -179,8 +179,8 @@ def kept_of(f):
 def coder_of(f):
     """The `Coder` at the start of `flat` numbers."""
     return Coder(
-        carray(_pointer(f[0]), (f[1],), np.float32), carray(_pointer(f[2]), (f[3], f[4]), np.float32), f[5],
-        f[6] != 0, np.float32(f[7]), np.float32(f[8]), f[9] != 0, f[10], carray(_pointer(f[11]), (f[12],), np.int64),
+        carray(pointer(f[0]), (f[1],), np.float32), carray(pointer(f[2]), (f[3], f[4]), np.float32), f[5],
+        f[6] != 0, np.float32(f[7]), np.float32(f[8]), f[9] != 0, f[10], carray(pointer(f[11]), (f[12],), np.int64),
     )  # fmt: skip
 
 

@@ -6,12 +6,12 @@ Packed are the same bits that `numba.codec` gives: by the same loops, a group of
 import math
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from kvist.kernels.contract import BEFORE, NEW
 from kvist.kernels.numba.codes import EXACT
 from kvist.kernels.numba.coding import butterflies, extremes_along_channels, extremes_along_tokens, to_codes, to_ranges
-from kvist.kernels.numba.layout import EACH, HALF, KEPT, SIDE, coder_of, kept_of, load, side_of
+from kvist.kernels.numba.layout import EACH, HALF, KEPT, SIDE, coder_of, kept_of, load, pointer, side_of
 from kvist.kernels.numba.sparse import clipped, find
 
 END = 0x7BFF  # the largest of fp16: what lay beyond it was clipped
@@ -135,9 +135,12 @@ def put(new, side, coder, kept, due, rows, columns, page):
 
 
 @njit(**EXACT)
-def store(keys, values, flat, write, page):
-    """Both sides of a step; flat: `Side`, `Kept` and `Coder` of keys, and of values, see `numba.layout`."""
+def store(keys, values, many, flat, write, page):
+    """Both sides of a step; keys, values: addresses of `many` new tokens per row (B, H, M, D); flat: `Side`, `Kept` and
+    `Coder` of keys, and of values, see `numba.layout`."""
     for i in range(2):
-        f, new, due = (flat[:EACH], keys, write.keys) if i == 0 else (flat[EACH:], values, write.values)
+        f, address, due = (flat[:EACH], keys, write.keys) if i == 0 else (flat[EACH:], values, write.values)
         side, kept, coder = side_of(f), kept_of(f[SIDE:]), coder_of(f[SIDE + KEPT :])
+        batch, heads, _, words = kept.ring.shape
+        new = carray(pointer(address), (batch, heads, many, words), np.int16)
         put(new, side, coder, kept, due, write.rows, write.columns, page)
