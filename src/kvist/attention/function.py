@@ -31,7 +31,8 @@ def packed_attention(own: str, fallback: Callable | None = None):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, Handle) and isinstance(value, Handle) and not refusals(attention_mask, dropout, kwargs):
-            return _attend(query, key, attention_mask, kwargs), None
+            attend = _untraced if torch.compiler.is_compiling() else _attend
+            return attend(query, key, attention_mask, kwargs), None
         key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
         with _named(getattr(module, "config", None), own):
@@ -40,7 +41,6 @@ def packed_attention(own: str, fallback: Callable | None = None):
     return forward
 
 
-@torch.compiler.disable  # kernels and pages are nothing that a compiler could trace
 def _attend(query: Tensor, key: Handle, mask: Tensor | None, kwargs: dict) -> Tensor:
     plain = mask is None or isinstance(mask, LazyMask)
     scale = kwargs.get("scaling")
@@ -53,6 +53,9 @@ def _attend(query: Tensor, key: Handle, mask: Tensor | None, kwargs: dict) -> Te
         sink=kwargs.get("s_aux"),
     )
     return out.transpose(1, 2).contiguous()
+
+
+_untraced = torch.compiler.disable(_attend)  # kernels and pages are nothing that a compiler could trace
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class Cache(TransformersCache):
         self.guard = Guard(self.layers, kinds, make)
         self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
         self._odd_step: Tensor | None = None
+        self._read, self._reads_handles = -1, True  # when it was asked last whether attention takes handles
         self.steps: Steps | None = None  # while decode steps are captured, see `graph`
         self.upcoming: list[int] = []  # the position of each row's next token
         self._listen(model)
@@ -212,18 +213,28 @@ class Cache(TransformersCache):
                 "be masked later: start a new cache"
             )
 
-    @torch.compiler.disable  # a graph ends here: pages and kernels are nothing that a compiler could trace
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Store keys and values (B, H, T, D) of a layer; what attention is to read of all its slots, tensors or handles
         that decode themselves. Called by the model. ValueError where the tokens were not announced."""
+        if torch.compiler.is_compiling():  # a graph ends here: pages and kernels are nothing that it could trace
+            return self._untraced(key_states, value_states, layer_idx, *args, **kwargs)
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _untraced(self, *args, **kwargs):
+        return self._update(*args, **kwargs)
+
+    def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.describes.kinds):
             raise ValueError(
                 f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
             )
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
-        if self.steps is not None and isinstance(layer, Layer):
+        if not isinstance(layer, Layer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.steps is not None:
             return self.steps.update(layer, key_states, value_states)
-        if isinstance(layer, Layer) and layer.slots + slots > self.rows.slots:
+        if layer.slots + slots > self.rows.slots:
             module = calling()
             if module or batch > 1 or self.recipe.rotary:
                 raise ValueError(
@@ -232,16 +243,15 @@ class Cache(TransformersCache):
                     "kvist.Cache, or its text model, or tell the cache first: announce(batch, tokens, mask, positions)"
                 )
             self.rows.extend(batch, slots, None)
-        if isinstance(layer, Layer) and layer.slots + slots != self.rows.slots:
+        if layer.slots + slots != self.rows.slots:
             raise ValueError("layers of the cache are out of step, probably after a forward that failed; call mend()")
-        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self._attention not in READS_HANDLES and not str(self._attention).startswith(ATTACHED):
+        given = layer.update(key_states, value_states)
+        if self._read != self.rows.announced:  # once per forward: a config takes its time
+            self._read, attention = self.rows.announced, getattr(self._config, "_attn_implementation", None)
+            self._reads_handles = attention in READS_HANDLES or str(attention).startswith(ATTACHED)
+        if not self._reads_handles:
             given = tuple(x.dense() if isinstance(x, Handle) else x for x in given)
         return given
-
-    @property
-    def _attention(self) -> str | None:
-        return getattr(self._config, "_attn_implementation", None)
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
