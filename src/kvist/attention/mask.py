@@ -21,10 +21,14 @@ class LazyMask(Tensor):
     def __init__(self, build, arguments: dict):
         self.build, self.arguments = build, arguments
         self.plain = arguments.get("mask_function", causal_mask_function) is causal_mask_function
+        self.built: tuple[Tensor | None] | None = None
 
     def dense(self) -> Tensor | None:
-        """What the model's own mask function returns; None where it says that no mask is needed."""
-        return self.build(**self.arguments)
+        """What the model's own mask function returns, built once for all layers; None where it says that no mask is
+        needed."""
+        if self.built is None:
+            self.built = (self.build(**self.arguments),)
+        return self.built[0]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -46,10 +46,10 @@ class Clock:
         self.times.append(Spent.now())
         return self.going
 
-    def per_token(self) -> Spent:
-        """Of the tokens after the first, which the prompt gives."""
-        first, last = self.times[0], self.times[-1]
-        return Spent(*((b - a) / (len(self.times) - 1) for a, b in zip(first, last, strict=True)))
+    def tokens(self) -> list[Spent]:
+        """Of each token after the first, which the prompt gives."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return [Spent(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairs]
 
 
 def run(
@@ -62,8 +62,8 @@ def run(
     out: str | Path | None = None,
     as_json: bool = False,
 ) -> dict:
-    """Greedy tokens of a random Llama of 32 tiny layers, contenders in turn; printed, and kept in `out`. Rows of a
-    batch are padded on the left, to different lengths.
+    """Medians over the tokens of all rounds: greedy tokens of a random Llama of 32 tiny layers, contenders in turn;
+    printed, and kept in `out`. Rows of a batch are padded on the left, to different lengths.
 
     Raises ValueError for an unknown method.
     """
@@ -83,7 +83,7 @@ def run(
         spent: dict[str, list[Spent]] = {name: [] for name in made}
         for _ in range(rounds):
             for name, make in made.items():
-                spent[name].append(_generate(model, prompt, make(), tokens))
+                spent[name] += _generate(model, prompt, make(), tokens)
     finally:
         torch.set_num_threads(before)
     base = _medians(spent["dynamic"])
@@ -127,13 +127,13 @@ def _using(model, cache) -> Iterator[None]:
                 cache.close()
 
 
-def _generate(model, prompt: dict[str, Tensor], cache, tokens: int) -> Spent:
+def _generate(model, prompt: dict[str, Tensor], cache, tokens: int) -> list[Spent]:
     clock = Clock(len(prompt["input_ids"]))
     with _using(model, cache), torch.no_grad():
         model.generate(
             **prompt, **cache_argument(cache), max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock]
         )
-    return clock.per_token()
+    return clock.tokens()
 
 
 def _medians(found: list[Spent]) -> Spent:

@@ -19,6 +19,7 @@ from kvist.cache.rows import Rows, SlotMap
 from kvist.kernels.contract import Due, See, Write
 from kvist.kernels.reference.rotary import angles
 from kvist.plan import LayerPlan, Side
+from kvist.types import HOLD
 
 Pins = dict[int, int]  # positions of a row that are kept exact though packed, and their slots
 NO_PAGES, NO_PINS, NO_SKIP = np.zeros((0, 4), np.int64), np.zeros((1, 0, 4), np.int64), np.zeros((1, 0), np.bool_)
@@ -215,6 +216,18 @@ class Move:
         self._tensors: dict[tuple, Tensor] = {}
 
     @cached_property
+    def rings(self) -> dict[int, tuple[int, int]]:
+        """By the tokens for which room is set aside: the least capacity that this step needs of a ring, and that of one
+        which is not to be made again soon. Filled by `ring`."""
+        return {}
+
+    def ring(self, reserve: int) -> tuple[int, int]:
+        """See `rings`."""
+        plan = self.before.plan
+        self.rings[reserve] = plan.ring(self.room, reserve), plan.ring(self.room + HOLD, reserve)
+        return self.rings[reserve]
+
+    @cached_property
     def see(self) -> See:
         """What attention of this step is told."""
         before = self.before.lengths
@@ -232,6 +245,17 @@ class Move:
     def last(self) -> See:
         """The same for a single query that sees everything."""
         return self.see._replace(horizon=np.array(self.after.lengths, np.int64)[:, None])
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every slot so far is a token, in every row."""
+        return self.before.rows.dense(self.before.rows.slots)
+
+    @cached_property
+    def runs(self) -> np.ndarray:
+        """Where tokens sit among the slots: (n, 4), row, first slot, first token, count."""
+        rows = self.before.rows.runs
+        return table([(i, run.slot, run.token, run.count) for i, runs in enumerate(rows) for run in runs])
 
     @cached_property
     def write(self) -> Write:

@@ -33,7 +33,8 @@ def take(store: Store, move: Move, keys: Tensor, values: Tensor) -> bool:
         return _launched(store, move, (keys, values))
     if keys.dtype != store.key.exact.ring.dtype:
         keys, values = store.kept(keys, values)
-    if not store.bounded or move.room > store.key.exact.capacity:
+    least, roomy = move.rings.get(store.reserve) or move.ring(store.reserve)
+    if least > store.key.exact.capacity or (not store.bounded and 2 * roomy <= store.key.exact.capacity):
         store.fit(move.room, shrink=True)
     if move.packs:
         take_pages(store, move)

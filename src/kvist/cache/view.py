@@ -284,8 +284,12 @@ class View:
     @torch.no_grad()
     def dense(self, side: int) -> Tensor:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
-        if self._exactly_ring():
-            return self.store.tracks[side].exact.ring[:, :, : self.slots]
+        if not self.store.plan.packs and not self.store.plan.sinks:
+            ring = self.store.tracks[side].exact.ring
+            if self.move.full if self.move else self.rows.dense(self.slots):
+                return ring[:, :, : self.slots]
+            if self.move and self.store.whole:
+                return step.bound(self.store).spread(ring, side, self.move.runs, self.slots)
         parts = self.loose
         out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
         codec = self.store.tracks[side].codec
@@ -300,9 +304,6 @@ class View:
                     at = slice(self.past + offset, self.past + offset + count)
                     out[row, :, at] = self.chunk[side][row, :, offset : offset + count]
         return out
-
-    def _exactly_ring(self) -> bool:
-        return not self.store.plan.packs and not self.store.plan.sinks and self.rows.dense(self.slots)
 
     def _place(self, out: Tensor, x: Tensor, tokens: Tensor) -> None:
         for row in range(tokens.shape[0]):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import LIMIT, ORIGIN, Partial, See, Storage, Stored, Traits, Write
-from kvist.kernels.numba.layout import KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
+from kvist.kernels.numba.layout import EACH, KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
 from kvist.kernels.numba.rotary import turns
 from kvist.kernels.numba.attend import attend
-from kvist.kernels.numba.write import store
+from kvist.kernels.numba.write import spread, store
 
 compiled_attend, compiled_store = cast(Callable, attend), cast(Callable, store)
 SMALL = 1 << 19  # numbers of a layer that one thread reads before another has woken up
@@ -65,6 +65,13 @@ class Bound:
         """Pack what is due, then keep new keys and values (B, H, M, D), which are of the exact tokens' type."""
         keys, values = keys.contiguous(), values.contiguous()
         compiled_store(keys.data_ptr(), values.data_ptr(), keys.shape[2], self.flat, write, self.page)
+
+    def spread(self, ring: Tensor, side: int, runs: np.ndarray, slots: int) -> Tensor:
+        """All keys (side 0) or values of a layer that packs nothing, (B, H, slots, D), zeros where no token is; `ring`:
+        where they lie, tokens of each row in their order; runs: see `numba.write.spread`."""
+        out = torch.empty((*ring.shape[:2], slots, ring.shape[3]), dtype=ring.dtype)
+        cast(Callable, spread)(self.flat[side * EACH : (side + 1) * EACH], runs, slots, out.data_ptr())
+        return out
 
     def attend(
         self, queries: Tensor, see: See, scale: float, softcap: float | None = None, sink: Tensor | None = None

@@ -135,6 +135,25 @@ def put(new, side, coder, kept, due, rows, columns, page):
 
 
 @njit(**EXACT)
+def spread(flat, runs, slots, out):
+    """The tokens of a ring that holds all of them, to the address of (B, H, slots, D), zeros where none is; flat: of
+    one side; runs (n, 4): row, first slot, first token, count."""
+    kept = kept_of(flat[SIDE:])
+    batch, heads, _, words = kept.ring.shape
+    answer = carray(pointer(out), (batch, heads, slots, words), np.int16)
+    for row in range(batch):
+        for head in range(heads):
+            into, source, done = answer[row, head].ravel(), kept.ring[row, head].ravel(), 0
+            for i in range(runs.shape[0]):
+                if runs[i, 0] == row:
+                    slot, token, count = runs[i, 1] * words, runs[i, 2] * words, runs[i, 3] * words
+                    into[done:slot] = 0
+                    into[slot : slot + count] = source[token : token + count]
+                    done = slot + count
+            into[done:] = 0
+
+
+@njit(**EXACT)
 def store(keys, values, many, flat, write, page):
     """Both sides of a step; keys, values: addresses of `many` new tokens per row (B, H, M, D); flat: `Side`, `Kept` and
     `Coder` of keys, and of values, see `numba.layout`."""
