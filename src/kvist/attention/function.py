@@ -14,6 +14,7 @@ from kvist.cache.handle import Handle
 UNDERSTOOD = {"scaling", "softcap", "s_aux", "sliding_window"}
 # … and these do not change the result of attention.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "num_items_in_batch", "logits_to_keep", "labels"}
+KNOWN = UNDERSTOOD | HARMLESS
 
 
 def packed_attention(own: str, fallback: Callable | None = None):
@@ -33,8 +34,11 @@ def packed_attention(own: str, fallback: Callable | None = None):
         if isinstance(key, Handle) and isinstance(value, Handle) and not refusals(attention_mask, dropout, kwargs):
             attend = _untraced if torch.compiler.is_compiling() else _attend
             return attend(query, key, attention_mask, kwargs), None
-        key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
+        key = key.dense() if isinstance(key, Handle) else key
+        value = value.dense() if isinstance(value, Handle) else value
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
+        if own in ("sdpa", "eager"):
+            return fallback(module, query, key, value, mask, dropout=dropout, **kwargs)
         with _named(getattr(module, "config", None), own):
             return fallback(module, query, key, value, mask, dropout=dropout, **kwargs)
 
@@ -61,7 +65,7 @@ _untraced = torch.compiler.disable(_attend)  # kernels and pages are nothing tha
 @contextmanager
 def _named(config, own: str) -> Iterator[None]:
     """Meanwhile the config says the model's own attention: flash attention reads there which of its kinds to run."""
-    if own in ("sdpa", "eager") or config is None:
+    if config is None:
         yield
         return
     ours, config._attn_implementation_internal = config._attn_implementation_internal, own
@@ -73,11 +77,10 @@ def _named(config, own: str) -> Iterator[None]:
 
 def refusals(mask: Tensor | None, dropout: float, kwargs: dict) -> list[str]:
     """Why packed data cannot serve a call: named, so that nothing is ever ignored."""
-    reasons = [
-        f"keyword {k!r}"
-        for k, v in kwargs.items()  # a flag that is off changes nothing, and neither does causality that is on
-        if v is not None and v is not (k == "is_causal") and k not in UNDERSTOOD | HARMLESS
-    ]
+    reasons = []
+    for k, v in kwargs.items():  # a flag that is off changes nothing, and neither does causality that is on
+        if v is not None and k not in KNOWN and v is not (k == "is_causal"):
+            reasons.append(f"keyword {k!r}")
     if kwargs.get("sliding_window") is not None:
         reasons.append("a sliding window")
     if dropout:

@@ -107,12 +107,17 @@ def _listen_to_the_interface() -> None:
     if hasattr(asked, "knows_attached"):
         return
 
+    made: dict[tuple, Callable] = {}  # one per name and fallback: it is asked for in every layer, at every step
+
     @functools.wraps(asked)
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
-        own = _own(attn_implementation)
-        if own is None:
+        if not attn_implementation or not attn_implementation.startswith(ATTACHED):
             return asked(self, attn_implementation, default)
-        return packed_attention(own, asked(self, own, default))
+        own = _own(attn_implementation)
+        fallback = asked(self, own, default)
+        if (own, fallback) not in made:
+            made[own, fallback] = packed_attention(str(own), fallback)
+        return made[own, fallback]
 
     vars(get_interface)["knows_attached"] = True  # a wrapper that somebody puts around this one says so, too
     AttentionInterface.get_interface = get_interface

@@ -217,14 +217,7 @@ class Cache(TransformersCache):
         """Store keys and values (B, H, T, D) of a layer; what attention is to read of all its slots, tensors or handles
         that decode themselves. Called by the model. ValueError where the tokens were not announced."""
         if torch.compiler.is_compiling():  # a graph ends here: pages and kernels are nothing that it could trace
-            return self._untraced(key_states, value_states, layer_idx, *args, **kwargs)
-        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    @torch.compiler.disable
-    def _untraced(self, *args, **kwargs):
-        return self._update(*args, **kwargs)
-
-    def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+            return _untraced(self, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= len(self.describes.kinds):
             raise ValueError(
                 f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
@@ -336,6 +329,7 @@ class Cache(TransformersCache):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         skipped = ("close", "_model", "_config")
+        memo |= {id(layer.bound): None for layer in self.ours}  # addresses of storage that is not the twin's
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
         twin.guard.begun = None  # its marks tell the tensors of this cache alone
         model = self._model()
@@ -353,3 +347,8 @@ class Cache(TransformersCache):
 
     def __repr__(self) -> str:
         return f"kvist.Cache({self.recipe.name!r}, {len(self.ours)} layers, {self.get_seq_length()} slots)"
+
+
+@torch.compiler.disable
+def _untraced(cache: Cache, *args, **kwargs):
+    return cache.update(*args, **kwargs)

@@ -84,7 +84,7 @@ class Layer(Store, CacheLayerMixin):
         if not step.take(self, move, key_states, value_states):
             return self._update(key_states, value_states)
         view = View(self, None, self.slots, move)
-        if not self.plan.packs:
+        if not self.packs:
             return view.dense(0), view.dense(1)
         lead = (len(self.lengths), self.shape.heads, self.slots)
         return Handle.both(view, (*lead, self.shape.key_dim), (*lead, self.shape.value_dim))

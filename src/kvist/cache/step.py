@@ -33,12 +33,15 @@ def take(store: Store, move: Move, keys: Tensor, values: Tensor) -> bool:
         return _launched(store, move, (keys, values))
     if keys.dtype != store.key.exact.ring.dtype:
         keys, values = store.kept(keys, values)
-    least, roomy = move.rings.get(store.reserve) or move.ring(store.reserve)
-    if least > store.key.exact.capacity or (not store.bounded and 2 * roomy <= store.key.exact.capacity):
+    (least, roomy), capacity = move.rings.get(store.reserve) or move.ring(store.reserve), store.key.exact.ring.shape[2]
+    if least > capacity or (not store.bounded and 2 * roomy <= capacity):
         store.fit(move.room, shrink=True)
     if move.packs:
         take_pages(store, move)
-    bound(store).store(keys, values, move.write)
+    key, value = store.key, store.value
+    if store.bound is None or store.bound[0] != key.pool.moved + value.pool.moved + key.exact.moved + value.exact.moved:
+        bind(store)
+    store.bound[1].store(keys, values, move.write)  # pyright: ignore[reportOptionalSubscript]
     store.moved_on(move)
     return True
 
@@ -61,9 +64,12 @@ def _launched(store: Store, move: Move, new: tuple[Tensor, Tensor]) -> bool:
 
 def take_pages(store: Store, move: Move) -> None:
     """Pages for what is due."""
-    for track, settled in zip(store.tracks, move.settled, strict=True):
-        if settled.pieces:
-            track.prepare(settled.pieces)
+    for track, settled in zip((store.key, store.value), move.settled, strict=True):
+        pool = track.pool
+        for row, _, count, slot in settled.pieces:  # few steps need new ones
+            pages = pool.tables[row]
+            if slot + count > len(pages) * pool.page or (slot % pool.page and pool.refs[pages[slot // pool.page]] > 1):
+                track.grow([row], [slot], [slot + count])
 
 
 def keep_pins(store: Store, move: Move) -> None:
@@ -84,17 +90,14 @@ def chosen(store: Store, operation: Operation, said: tuple) -> Choice:
     return store.choices[asked]
 
 
-def bound(store: Store):
+def bind(store: Store) -> None:
     """What takes a layer's steps on a CPU, made anew where storage moved; see `choose`: WHOLE."""
-    key, value = store.key, store.value
-    moved = key.pool.moved, value.pool.moved, key.exact.moved, value.exact.moved
-    if store.bound is None or store.bound[0] != moved or store.bound[1] is None:  # which a copied cache finds
-        run = chosen(store, Operation.WHOLE, ()).run
-        assert run is not None  # whoever asks for it asked before
-        both = tuple(map(exact, store.tracks))
-        made = run(Storage(stored(store), both, (key.clipped, value.clipped), store.page))
-        store.bound = (key.pool.moved, value.pool.moved, key.exact.moved, value.exact.moved), made
-    return store.bound[1]
+    run = chosen(store, Operation.WHOLE, ()).run
+    assert run is not None  # whoever asks for it asked before
+    key, value = store.tracks
+    parts = stored(store), (exact(key), exact(value)), (key.clipped, value.clipped)
+    made = run(Storage(*parts, store.page))
+    store.bound = key.pool.moved + value.pool.moved + key.exact.moved + value.exact.moved, made
 
 
 def state(store: Store, origins: list[int]) -> Tensor:

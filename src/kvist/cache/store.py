@@ -6,6 +6,7 @@ No word of transformers: `layer` puts its protocol on top; views, steps, files a
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Store:
 
     def __init__(self, plan: LayerPlan, page: int, reserve: int, rows: Rows):
         self.plan, self.page, self.reserve, self.rows = plan, page, reserve, rows
+        self.packs = plan.packs
         self.exact: torch.dtype | None = None  # see `Geometry`; set before the first update
         self.version = 0  # counts changes, so that a view knows when it is out of date
         self.made = False
@@ -43,7 +45,7 @@ class Store:
         self.version += 1
         self.counters: Tensor | None = None
         self.choices: dict[tuple, Choice] = {}  # see `step.chosen`
-        self.bound: tuple[tuple, object] | None = None  # see `step.bound`
+        self.bound: tuple[int, Any] | None = None  # see `step.bind`
         self.whole: bool | None = None  # whether a CPU's kernel takes its steps; None: not asked yet
         self._stand: Stand | None = None
         self._apart: dict[str, tuple[tuple, Tensor]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.cache.rows import Rows, SlotMap
-from kvist.cache.schedule import Piece, State
+from kvist.cache.schedule import State
 from kvist.kernels.choose import coder
 from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan, Side
@@ -88,14 +88,6 @@ class Track:
             self.pool.resize(self.plan.pool(need, self.batch, self.pool.page, self.reserve))
         for row, start, stop in zip(rows, starts, stops, strict=True):
             self.pool.extend(row, start, stop)
-
-    def prepare(self, pieces: Sequence[Piece]) -> None:
-        """Pages for what is about to be packed: few steps need new ones."""
-        pool = self.pool
-        for row, _, count, slot in pieces:
-            table = pool.tables[row]
-            if slot + count > len(table) * pool.page or (slot % pool.page and pool.refs[table[slot // pool.page]] > 1):
-                self.grow([row], [slot], [slot + count])
 
     def _at(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor | None:
         """What tokens behind the sinks were rotated for, (R, n); None where the codec does not ask."""

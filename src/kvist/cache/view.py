@@ -127,11 +127,13 @@ class View:
             if many > 1 or look.biased or not look.plain(chunked=False):
                 return None
         asked = *move.after.asked, ("dtype", query.dtype), ("queries", many)
-        if step.chosen(store, Operation.WHOLE, asked).run is None:
+        choice = store.choices.get((Operation.WHOLE, asked)) or step.chosen(store, Operation.WHOLE, asked)
+        if choice.run is None or store.bound is None:
             return None
-        self._check()
+        if self._version != store.version:
+            self._check()
         see = move.see if many == move.slots else move.last
-        return step.bound(store).attend(query, see, scale, softcap, sink)
+        return store.bound[1].attend(query, see, scale, softcap, sink)
 
     @torch.no_grad()
     def _by_parts(
@@ -284,12 +286,13 @@ class View:
     @torch.no_grad()
     def dense(self, side: int) -> Tensor:
         """Keys or values of all slots, (B, H, slots, D), padding as zeros."""
-        if not self.store.plan.packs and not self.store.plan.sinks:
-            ring = self.store.tracks[side].exact.ring
+        store = self.store
+        if not store.packs and not store.plan.sinks:
+            ring = (store.value if side else store.key).exact.ring
             if self.move.full if self.move else self.rows.dense(self.slots):
                 return ring[:, :, : self.slots]
-            if self.move and self.store.whole:
-                return step.bound(self.store).spread(ring, side, self.move.runs, self.slots)
+            if self.move and store.whole and store.bound:
+                return store.bound[1].spread(ring, side, self.move.runs, self.slots)
         parts = self.loose
         out = torch.zeros(self.shape(side), dtype=self.dtype, device=self.device)
         codec = self.store.tracks[side].codec

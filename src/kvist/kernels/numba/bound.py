@@ -57,9 +57,7 @@ class Bound:
         self.turning = _turning(key, stored[0], self.page)
         _, self.heads, _, self.dim = storage.exact[0].ring.shape
         self.value_dim = storage.exact[1].ring.shape[3]
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a cache has storage of its own, and binds that."""
+        self.width = self.heads * self.value_dim
 
     def store(self, keys: Tensor, values: Tensor, write: Write) -> None:
         """Pack what is due, then keep new keys and values (B, H, M, D), which are of the exact tokens' type."""
@@ -81,7 +79,11 @@ class Bound:
         out = torch.empty((batch, many, heads, self.value_dim), dtype=queries.dtype)
         logits = NOTHING if sink is None else sink.detach().float().numpy()
         call = self.flat, self.turning, see, logits, NO_LSE
-        run(queries.contiguous(), (float(scale), float(softcap or 0.0), self.page), call, out)
+        queries, numbers = queries.contiguous(), (float(scale), float(softcap or 0.0), self.page)
+        if see.tokens * self.width > SMALL:
+            spread_out(queries, numbers, call, out)
+        else:
+            alone(queries, numbers, call, out)
         return out.transpose(1, 2)
 
 
@@ -103,7 +105,7 @@ def attend_pages(
     # queries and output are in the space of the pages: nothing is to be rotated
     parts = [part for s, e in zip(sides, empty, strict=True) for part in (s._replace(turn=0), e, blank)]
     call = flat(*parts), _turning(key, k, page), see, NOTHING, lse.numpy()
-    run(q.contiguous(), (float(scale), float(softcap or 0.0), page), call, out)
+    spread_out(q.contiguous(), (float(scale), float(softcap or 0.0), page), call, out)
     return Partial(out.transpose(1, 2), lse)
 
 
@@ -119,17 +121,19 @@ def _turns(frequencies: bytes, page: int, scaling: float) -> np.ndarray:
     return np.stack(turns(frequencies, page, scaling))
 
 
-def run(q: Tensor, numbers: tuple[float, float, int], call: tuple, out: Tensor) -> None:
-    """One call where the work is small; otherwise all threads draw pieces until none is left: one that shares its core
-    with somebody else draws fewer. numbers: scale, soft cap, page; call: see `numba.attend.attend`."""
-    addresses, turning, see, sink, lse = call
-    shape = q.shape[1], q.shape[2], KINDS[q.dtype]
-    if see.tokens * addresses[SIDE + 6] * out.shape[3] <= SMALL or (threads := torch.get_num_threads()) == 1:
-        room = own.alone
-        room[0][0] = 0
-        size = *numbers, WHOLE_ROWS
-        compiled_attend(q.data_ptr(), shape, size, addresses, turning, see, room, sink, out.data_ptr(), lse)
-        return
+def alone(q: Tensor, numbers: tuple[float, float, int], call: tuple, out: Tensor) -> None:
+    """One call, which does all. numbers: scale, soft cap, page; call: see `numba.attend.attend`."""
+    (addresses, turning, see, sink, lse), shape, room = call, (q.shape[1], q.shape[2], KINDS[q.dtype]), own.alone
+    room[0][0], size = 0, (*numbers, WHOLE_ROWS)
+    compiled_attend(q.data_ptr(), shape, size, addresses, turning, see, room, sink, out.data_ptr(), lse)
+
+
+def spread_out(q: Tensor, numbers: tuple[float, float, int], call: tuple, out: Tensor) -> None:
+    """The same by all threads, which draw pieces until none is left: one that shares its core with somebody else draws
+    fewer."""
+    if (threads := torch.get_num_threads()) == 1:
+        return alone(q, numbers, call, out)
+    (addresses, turning, see, sink, lse), shape = call, (q.shape[1], q.shape[2], KINDS[q.dtype])
     heads, limits, page = int(addresses[SIDE + 6]), see.rows[:, LIMIT], numbers[2]
     pages = -(-limits // page)
     length = max(4, int(pages.sum()) * heads // (8 * threads))
