@@ -194,7 +194,7 @@ def test_a_plot_without_times_is_refused(tmp_path):
 def test_without_the_interpreter_rows_are_of_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     layer = filled("kivi:2", Shape(1, 1, 1), CPU)
-    assert kernel(layer).name in ("numba.attend.attend_pages", "reference") and device_time.label(CPU) == "cpu"
+    assert kernel(layer).name in ("numba.bound.attend_pages", "reference") and device_time.label(CPU) == "cpu"
     rows = kernels.race(Shape(1, 1, 30), [], CPU, 0, True, {}, None)
     assert "TRITON_INTERPRET" in next(row["failed"] for row in rows if row["contender"] == "split-KV, Triton")
 

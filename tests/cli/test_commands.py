@@ -153,7 +153,7 @@ def test_inspect(folder):
 def test_inspect_of_a_method_that_must_be_fitted(folder):
     (found,) = data("inspect", folder, "-m", "kvquant:3 outliers=5%")["methods"]
     assert set(found["needs"]) == {"a fitted table", "fitted ranges", "a model's rotary"} and found["tables"] is None
-    assert found["kernel"] == "numba.attend.attend_pages"
+    assert found["kernel"] == "numba.bound.Bound"
     assert found["encoder"] == "numba.codec.encode"
     printed = call("inspect", folder, "-m", "kvquant:3 outliers=5%").stdout
     assert "missing: " in printed and "kvist calibrate" in printed

@@ -134,7 +134,7 @@ def _kernels(recipe, plans, described, device: str) -> dict[str, str]:
         if plan.packs
     ]
     sides = [replace(one, sides=(side,)) for one in asked for side in one.sides if side.levels != "raw"]
-    attend = Operation.PAGES if device == "cpu" else Operation.STEP
+    attend = Operation.WHOLE if device == "cpu" else Operation.STEP
     stored = _answer([choose(Operation.STORE, one) for one in asked], "layers").replace("reference; ", "none: ")
     return {
         "kernel": _answer([choose(attend, one) for one in asked], "layers"),

@@ -18,7 +18,7 @@ from kvist.kernels.numba.coding import butterflies
 from kvist.kernels.numba.dense import dots, weigh
 from kvist.kernels.contract import BEHIND, HELD, KEYS, LIMIT, ORIGIN, VALUES
 from kvist.kernels.numba.layout import EACH, FLOAT, SIDE, kept_of, load, pointer, save, side_of
-from kvist.kernels.numba.pages import hide, read, read_token, score_page, soften
+from kvist.kernels.numba.pages import cap, hide, read, read_token, score_page, soften
 from kvist.kernels.numba.rotary import phase
 
 PAGES, SPAN, PINS, SINKS, RING, OVER = 0, 1, 2, 3, 4, 5  # where the tokens of a piece of work lie, in this order
@@ -225,13 +225,15 @@ def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
                 else:
                     tokens = _exact(kept[0], row, head, stage == SINKS, number, x[first:n])
                 dots(raw, tokens, scores[:, first:n])
+            if softcap > 0:
+                cap(scores[:, first:n], softcap)
             if stage == PAGES or stage == SPAN:
                 if first or skip.shape[0]:
                     hide(scores, first, skip[p * page : p * page + n])
             elif stage != PINS and many > 1:
                 ahead = 0 if stage == SINKS else kept[0].sinks.shape[2]
                 _blind(scores[:, :n], number + ahead, see.horizon[row])
-            soften(scores, n, softcap, power, top, total, packed, acc)
+            soften(scores, n, power, top, total, packed, acc)
             if values_packed:
                 read(value, value.table[row, p], head, False, scratch, y[:n])
                 if value.raw.shape[0]:

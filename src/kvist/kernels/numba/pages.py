@@ -105,14 +105,19 @@ def score_page(q, side, page, head, x, scratch, folded, turns, angles, scores):
 
 
 @njit(**FAST)
-def soften(scores, tokens, softcap, power, top, total, packed, exact):
+def cap(scores, softcap):
+    """Scores (R, T) through a soft cap, before any of them is hidden."""
+    for r in range(scores.shape[0]):
+        for t in range(scores.shape[1]):
+            scores[r, t] = np.float32(math.tanh(scores[r, t] / softcap) * softcap)
+
+
+@njit(**FAST)
+def soften(scores, tokens, power, top, total, packed, exact):
     """The first tokens of scores (R, page) to weights exp(score - top), with the running top and total (R,) and the
     sums of packed and of exact values (R, D)."""
     for r in range(scores.shape[0]):
         high, line = top[r], scores[r, :tokens]
-        if softcap > 0:
-            for t in range(tokens):
-                line[t] = np.float32(math.tanh(line[t] / softcap) * softcap)
         for t in range(tokens):
             high = max(high, line[t])
         if high == -np.inf:
