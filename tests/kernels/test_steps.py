@@ -142,11 +142,13 @@ def test_threads_draw_pieces_and_agree_with_one(monkeypatch):
     """Cut into runs of pages, which several threads draw, and merged: the same numbers up to rounding."""
     torch.manual_seed(0)
     cache = kvist.Cache(tiny_llama(layers=1, dim=32), recipe("hadamard k=3 v=2"))
-    cache.announce(2, 3000, torch.cat([torch.ones(1, 3000), (torch.arange(3000) >= 1900)[None].float()]))
-    cache.update(*torch.randn(2, 2, 2, 3000, 32), 0)
-    cache.announce(2, 3, torch.cat([torch.ones(1, 3003), (torch.arange(3003) >= 1900)[None].float()]))
-    source = cache.update(*torch.randn(2, 2, 2, 3, 32), 0)[0].source
-    query, before = torch.randn(2, 4, 3, 32), torch.get_num_threads()
+    for count in (3000, 3):
+        past = cache.rows.slots + count
+        mask = (torch.arange(past) >= torch.tensor([[0], [1900], [2990]])).long()
+        cache.announce(3, count, mask)
+        given = cache.update(*torch.randn(2, 3, 2, count, 32), 0)
+    source = given[0].source
+    query, before = torch.randn(3, 4, 3, 32), torch.get_num_threads()
     alone = source.attend(query, 0.3)
     monkeypatch.setattr(bound, "SMALL", 0)
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import LIMIT, ORIGIN, Partial, See, Storage, Stored, Traits, Write
-from kvist.kernels.numba.layout import EACH, KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
+from kvist.kernels.numba.layout import EACH, HEADS, KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
 from kvist.kernels.numba.rotary import turns
 from kvist.kernels.numba.attend import attend
 from kvist.kernels.numba.write import spread, store
@@ -134,7 +134,7 @@ def spread_out(q: Tensor, numbers: tuple[float, float, int], call: tuple, out: T
     if (threads := torch.get_num_threads()) == 1:
         return alone(q, numbers, call, out)
     (addresses, turning, see, sink, lse), shape = call, (q.shape[1], q.shape[2], KINDS[q.dtype])
-    heads, limits, page = int(addresses[SIDE + 6]), see.rows[:, LIMIT], numbers[2]
+    heads, limits, page = int(addresses[SIDE + HEADS]), see.rows[:, LIMIT], numbers[2]
     pages = -(-limits // page)
     length = max(4, int(pages.sum()) * heads // (8 * threads))
     pieces = int(np.maximum(1, -(-pages // length)).sum()) * heads

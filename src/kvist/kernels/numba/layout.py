@@ -186,6 +186,7 @@ def coder_of(f):
 
 SIDE, KEPT, CODER = 47, 16, 13  # numbers of each
 EACH = SIDE + KEPT + CODER
+HEADS = 7  # where a `Kept` says how many heads its ring has
 
 
 @njit(**EXACT)
