@@ -1,4 +1,4 @@
-"""Steps on a CPU: the same bits as encoding at leisure, the same attention as over everything decoded, no stray memory."""
+"""Steps on a CPU: the bits that encoding at leisure gives, attention over everything decoded, no stray memory."""
 
 import copy
 from dataclasses import replace
@@ -76,9 +76,7 @@ def test_steps_store_what_the_reference_stores(text, dtype, monkeypatch):
                     a, b = (entries(track.pool, name, row, slots // spec.stride) for track in (mine, other))
                     assert torch.equal(a, b), name
                 here = range(frontier, ours.behind(row))
-                assert all(
-                    torch.equal(mine.exact.get([row], p, p + 1), other.exact.get([row], p, p + 1)) for p in here
-                )
+                assert all(torch.equal(mine.exact.get([row], p, p + 1), other.exact.get([row], p, p + 1)) for p in here)
                 for slot in mine.exact.pins[row].values():
                     assert torch.equal(mine.exact.pinned[row, :, slot], other.exact.pinned[row, :, slot])
                 held = min(ours.lengths[row], ours.plan.sinks)

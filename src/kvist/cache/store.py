@@ -25,7 +25,7 @@ class Store:
 
     lengths: tokens of each row, its sinks included; maps: where each row's positions lie in its pages; slots: what
     transformers counts, padding included; updates: since the last time it was empty; settled: whether what the rules
-    allow at this length is packed. Lists of numbers are replaced, never changed, as layers in the same state share them.
+    allow at this length is packed. Lists of numbers are replaced, never changed: layers in the same state share them.
     """
 
     def __init__(self, plan: LayerPlan, page: int, reserve: int, rows: Rows):

@@ -61,9 +61,7 @@ def steps(
     from kvist.bench import steps as measured
 
     chosen = {"methods": method} if method else {}
-    measured.run(
-        **chosen, batch=batch, tokens=tokens, rounds=rounds, threads=threads, seed=seed, out=out, as_json=json
-    )
+    measured.run(**chosen, batch=batch, tokens=tokens, rounds=rounds, threads=threads, seed=seed, out=out, as_json=json)
 
 
 @app.command()

@@ -13,10 +13,10 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+from kvist.kernels.contract import BEHIND, HELD, KEYS, LIMIT, ORIGIN, VALUES
 from kvist.kernels.numba.codes import FAST
 from kvist.kernels.numba.coding import butterflies
 from kvist.kernels.numba.dense import dots, weigh
-from kvist.kernels.contract import BEHIND, HELD, KEYS, LIMIT, ORIGIN, VALUES
 from kvist.kernels.numba.layout import EACH, FLOAT, SIDE, kept_of, load, pointer, save, side_of
 from kvist.kernels.numba.pages import cap, hide, read, read_token, score_page, soften
 from kvist.kernels.numba.rotary import phase
@@ -140,9 +140,11 @@ def _merge(work, first, last, acc, top, total):
 def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
     """Draw pieces until none is left.
 
-    q: the address of queries (B, Hq, M, D); shape: Hq, M and their `KINDS`; numbers: the scale of scores, a soft cap or 0, tokens per page, pages per piece;
-    flat: see `numba.write.store`; turning: frequencies, and turns within a page (2, page, F); see: `contract.See`;
-    room: a counter (1,) and one per piece, int64, zeros, and work, see `_merge`, used where a row and head is cut; sink (Hq,) or none; out: the address of (B, M, Hq, Dv) in the queries' type; lse (B, Hq, M) or none.
+    q: the address of queries (B, Hq, M, D); shape: Hq, M and their `KINDS`; numbers: the scale of scores, a soft cap
+    or 0, tokens per page, pages per piece; flat: see `numba.write.store`; turning: frequencies, and turns within a page
+    (2, page, F); see: `contract.See`; room: a counter (1,) and one per piece, int64, zeros, and work, see `_merge`,
+    used where a row and head is cut; sink (Hq,) or none; out: the address of (B, M, Hq, Dv) in the queries' type; lse
+    (B, Hq, M) or none.
     """
     scale, softcap, page, run = np.float32(numbers[0]), np.float32(numbers[1]), numbers[2], numbers[3]
     frequencies, turns = turning
@@ -156,7 +158,8 @@ def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
     answer = carray(pointer(out), (batch, many, shape[0], value_dim * size), np.int16)
     x, y = np.empty((page, dim), np.float32), np.zeros((page, value_dim), np.float32)
     scratch = np.empty((2, page * max(dim, value_dim)), np.float32)
-    raw, turned, folded = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
+    raw, turned = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
+    folded = np.empty((rows, dim), np.float32)
     scores, power = np.empty((rows, page), np.float32), np.empty(page, np.float32)
     packed, acc = np.empty((rows, value_dim), np.float32), np.empty((rows, value_dim), np.float32)
     top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -178,7 +181,7 @@ def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
         top[:], total[:] = np.float32(-np.inf), np.float32(0.0)
         packed[:], acc[:] = np.float32(0.0), np.float32(0.0)
         skip = see.skip[row] if see.skip.shape[1] else see.skip[0]
-        low, high = min(line[KEYS], line[VALUES]), max(line[KEYS], line[VALUES])
+        high = max(line[KEYS], line[VALUES])
         stage, at, within = PAGES, part * run, 0
         stop = min(at + run, (line[LIMIT] + page - 1) // page)
         while stage != OVER:
@@ -227,7 +230,7 @@ def attend(q, shape, numbers, flat, turning, see, room, sink, out, lse):
                 dots(raw, tokens, scores[:, first:n])
             if softcap > 0:
                 cap(scores[:, first:n], softcap)
-            if stage == PAGES or stage == SPAN:
+            if stage <= SPAN:
                 if first or skip.shape[0]:
                     hide(scores, first, skip[p * page : p * page + n])
             elif stage != PINS and many > 1:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.contract import LIMIT, ORIGIN, Partial, See, Storage, Stored, Traits, Write
+from kvist.kernels.numba.attend import attend
 from kvist.kernels.numba.layout import EACH, HEADS, KINDS, NOTHING, SIDE, Kept, coder, flat, kept, side
 from kvist.kernels.numba.rotary import turns
-from kvist.kernels.numba.attend import attend
 from kvist.kernels.numba.write import spread, store
 
 compiled_attend, compiled_store = cast(Callable, attend), cast(Callable, store)
@@ -22,7 +22,7 @@ NO_LSE, WHOLE_ROWS = np.empty((0, 0, 0), np.float32), 1 << 40
 
 
 class Own(threading.local):
-    """Room of a thread that calls: a counter, and what pieces of work leave; grows with what is asked, not with steps."""
+    """Room of a calling thread: a counter, and what pieces of work leave; it grows with what is asked alone."""
 
     def __init__(self) -> None:
         self.counter, self.done = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -95,10 +95,8 @@ def attend_pages(
     kv_heads, value_dim = sides[1].codes.shape[1], sides[1].codes.shape[-1] * 8 // value.bits
     rows = np.zeros((batch, 8), np.int64)
     rows[:, LIMIT], rows[:, ORIGIN] = limits, 0 if origins is None else origins
-    none = np.zeros((0, 4), np.int64)
-    see = See(
-        rows, np.zeros((batch, many), np.int64), none, NO_SKIP if skip is None else skip.numpy(), none[None], sum(limits)
-    )
+    none, hidden = np.zeros((0, 4), np.int64), NO_SKIP if skip is None else skip.numpy()
+    see = See(rows, np.zeros((batch, many), np.int64), none, hidden, none[None], sum(limits))
     out, lse = torch.empty(batch, many, heads, value_dim), torch.empty(batch, heads, many)
     empty = tuple(Kept(*(np.empty((batch, kv_heads, 0, 2 * n), np.int16),) * 3, 0) for n in (dim, value_dim))
     blank = coder(key, k.constants, torch.zeros((), dtype=torch.long))

@@ -11,30 +11,13 @@ from numba import njit
 from torch import Tensor
 
 from kvist.kernels.contract import Partial
+from kvist.kernels.numba.codes import FAST
+from kvist.kernels.numba.layout import FLOAT, KINDS, load
 
-_FAST = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
-FLOAT, HALF, BRAIN = 0, 1, 2  # fp32; fp16 and bf16 as their bits
-KINDS = {torch.float32: FLOAT, torch.float16: HALF, torch.bfloat16: BRAIN}
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-@njit(**_FAST)
-def _load(source, kind, out):
-    """One token (D,) to fp32."""
-    bits = out.view(np.int32)
-    if kind == BRAIN:
-        for d in range(out.shape[0]):
-            bits[d] = np.int32(source[d]) << np.int32(16)
-        return
-    for d in range(out.shape[0]):
-        bits[d] = (np.int32(source[d]) & np.int32(0x7FFF)) << np.int32(13)
-    for d in range(out.shape[0]):
-        infinite = (source[d] & 0x7C00) == 0x7C00
-        sign = np.float32(1.0) - np.float32((np.int32(source[d]) >> 15) & 1) * np.float32(2.0)
-        out[d] = np.float32(np.inf) * sign if infinite else out[d] * np.float32(2.0**112) * sign
-
-
-@njit(**_FAST)
+@njit(**FAST)
 def _scores(q, x, row, scale, softcap, scores):
     for r in range(q.shape[0]):
         query, total = q[r], np.float32(0.0)
@@ -44,7 +27,7 @@ def _scores(q, x, row, scale, softcap, scores):
         scores[r, row] = np.float32(math.tanh(total / softcap) * softcap) if softcap > 0 else total
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _attend(q, keys, values, k_kind, v_kind, visible, scale, softcap, out, lse):
     """q (B, H, R, D); keys, values (B, H, N, D); visible (B, 1 or M, N), query row r being number r mod M."""
     batch, heads, rows, dim = q.shape
@@ -60,7 +43,7 @@ def _attend(q, keys, values, k_kind, v_kind, visible, scale, softcap, out, lse):
                     if k_kind == FLOAT:
                         _scores(q[b, h], keys[b, h, t].view(np.float32), t, scale, softcap, scores)
                     else:
-                        _load(keys[b, h, t], k_kind, x[:dim])
+                        load(keys[b, h, t], k_kind, x[:dim])
                         _scores(q[b, h], x[:dim], t, scale, softcap, scores)
             for r in range(rows):
                 seen, line = visible[b, r % queries], scores[r]
@@ -84,7 +67,7 @@ def _attend(q, keys, values, k_kind, v_kind, visible, scale, softcap, out, lse):
                 if v_kind == FLOAT:
                     value = values[b, h, t].view(np.float32)
                 else:
-                    _load(values[b, h, t], v_kind, value)
+                    load(values[b, h, t], v_kind, value)
                 for r in range(rows):
                     weight, sums = scores[r, t], acc[r]
                     if weight > 0:

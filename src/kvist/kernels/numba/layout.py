@@ -1,8 +1,8 @@
 """One side of a layer as the compiled loops take it: arrays as they lie, in tuples that are made once.
 
 Tokens that are stored as they came (exact ones, and sides of raw levels) are seen as words of 16 bits, so that one
-compiled version serves every type; `Kept.kind` and `Side.kind` say which it is. An array is empty where there is nothing
-of its kind.
+compiled version serves every type; `Kept.kind` and `Side.kind` say which it is. An array is empty where there is
+nothing of its kind.
 """
 
 from itertools import chain
@@ -110,7 +110,7 @@ def coder(traits: Traits, constants: Constants, clipped: Tensor) -> Coder:
     edges, scale = (NOTHING if x is None else x.numpy() for x in (constants.edges, constants.scale))
     fixed = NO_FIXED if constants.scale is None else np.where(scale > 0, scale, np.float32(1.0))
     granule = traits.group if traits.along == "tokens" and traits.levels != "raw" else 1
-    centred, top = traits.levels == "table", np.float32(2**min(traits.bits, 8) - 1)
+    centred, top = traits.levels == "table", np.float32(2 ** min(traits.bits, 8) - 1)
     steps = np.float32(2.0) if centred else top
     largest, style = traits.rank == "largest", STYLES[traits.rotary]
     return Coder(edges, fixed, granule, centred, steps, top, largest, style, clipped.view(1).numpy())
@@ -205,7 +205,8 @@ def load(source, kind, out):
         infinite |= (source[d] & 0x7C00) == 0x7C00
         bits[d] = (np.int32(source[d]) & np.int32(0x7FFF)) << np.int32(13)
     for d in range(out.shape[0]):
-        out[d] *= np.float32(2.0**112) * (np.float32(1.0) - np.float32((np.int32(source[d]) >> 15) & 1) * np.float32(2.0))
+        sign = np.float32(1.0) - np.float32((np.int32(source[d]) >> 15) & 1) * np.float32(2.0)
+        out[d] *= np.float32(2.0**112) * sign
     if infinite:
         for d in range(out.shape[0]):
             if (source[d] & 0x7C00) == 0x7C00:

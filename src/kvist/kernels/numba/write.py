@@ -79,7 +79,8 @@ def _group(x, side, coder, page, entry, saturates):
     else:
         shared = side.scale.shape[1]
         first, count = (tokens // group, dim) if along else (tokens, (dim + group - 1) // group)
-        least, most = np.full((1, shared, first, count), np.inf, np.float32), np.full((1, shared, first, count), -np.inf, np.float32)
+        least = np.full((1, shared, first, count), np.inf, np.float32)
+        most = np.full((1, shared, first, count), -np.inf, np.float32)
         if along:
             extremes_along_tokens(x, entries, group, least, most)
         else:
