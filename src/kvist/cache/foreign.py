@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 CROSS = "cross_attention"
+SAMPLE = 5  # tokens of one row: by their number a size that grows with tokens is told from others
 DTYPES = {str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 
 class Expected(NamedTuple):
-    """What must be true of a saved layer: it is like one that holds a token, and of the rows and slots of its cache;
+    """What must be true of a saved layer: it is like one that holds a sample, and of the rows and slots of its cache;
     and the device that it comes to."""
 
     like: Any
@@ -187,7 +188,7 @@ def _check(layer, new, about: Expected) -> None:
 
 
 def _like(found: Any, like: Any, rows: int, name: Any = "") -> bool:
-    """Whether tensors, in dicts and lists, too, are what a layer that holds one token of one row would have become."""
+    """Whether tensors, in dicts and lists, too, are what a layer that holds a sample would have become."""
     if isinstance(like, dict):
         return isinstance(found, dict) and all(_like(found.get(key), part, rows, key) for key, part in like.items())
     if isinstance(like, list | tuple):
@@ -197,9 +198,10 @@ def _like(found: Any, like: Any, rows: int, name: Any = "") -> bool:
         return type(found) is type(like)
     if not isinstance(found, Tensor) or found.dtype != like.dtype or found.dim() != like.dim():
         return False
-    tokens = name in ("keys", "values")  # whose second last size is that of tokens
-    sizes = [(i, n) for i, n in enumerate(like.shape[1:], 1) if not (tokens and i == like.dim() - 2)]
-    return found.shape[0] == rows and all(found.shape[i] == n for i, n in sizes)
+    if name in ("keys", "values"):
+        return found.shape[0] == rows and found.shape[1:-2] == like.shape[1:-2] and found.shape[-1] == like.shape[-1]
+    known = {1: (1, rows), SAMPLE: found.shape}  # what one row makes one of; and what may be as many as there are tokens
+    return all(n in known.get(m, (m,)) for n, m in zip(found.shape, like.shape, strict=True))
 
 
 def _written(value: Any, path: str, found: dict[str, Tensor], seen: dict[int, str]) -> dict:
