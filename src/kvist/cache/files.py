@@ -141,7 +141,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
 
 @torch.no_grad()
 def _sample(cls, model, recipe: Recipe) -> list:
-    """The layers of a cache that holds a few tokens: no config tells what transformers' own layers keep, and this does."""
+    """The layers of a cache of a few tokens: no config tells what transformers' own layers keep, and these do."""
     cache = cls(model, recipe)
     try:
         model(input_ids=torch.zeros(1, foreign.SAMPLE, dtype=torch.long, device=model.device), **cache_argument(cache))

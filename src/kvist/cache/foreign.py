@@ -200,7 +200,7 @@ def _like(found: Any, like: Any, rows: int, name: Any = "") -> bool:
         return False
     if name in ("keys", "values"):
         return found.shape[0] == rows and found.shape[1:-2] == like.shape[1:-2] and found.shape[-1] == like.shape[-1]
-    known = {1: (1, rows), SAMPLE: found.shape}  # what one row makes one of; and what may be as many as there are tokens
+    known = {1: (1, rows), SAMPLE: found.shape}  # of rows; of tokens, as many as there are
     return all(n in known.get(m, (m,)) for n, m in zip(found.shape, like.shape, strict=True))
 
 
