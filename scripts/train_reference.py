@@ -26,7 +26,7 @@ from kvist.evaluate.questions import KINDS, score
 from kvist.evaluate.tasks.recall import Haystack, Recall
 from kvist.text import digest, sample, texts
 
-TOKENIZER = Path(__file__).parents[1] / "src/kvist/demo/kvist-6m"
+TOKENIZER = Path(__file__).parents[1] / "references/kvist-6m"
 LENGTHS, REST = (1000, 1900), 148  # tokens of contexts for recall; what is left for a question
 WINDOWS = 4  # of text, for the anatomy
 RECORD = "training.json"
