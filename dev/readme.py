@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import measured
 import quality
 import speed
 import torch
-from measured import table
 
 from kvist.methods import entry, get, names
 from kvist.types import Geometry
@@ -47,7 +47,7 @@ def catalogue() -> str:
             ]
         )
     head = ["method", "paper", *(f"bits at {label}" for label in LENGTHS), "needs", "what it does"]
-    return table(head, rows, "llrrll")
+    return measured.table(head, rows, "llrrll")
 
 
 def picture() -> str | None:
