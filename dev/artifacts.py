@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kvist import text
 from kvist.artifact import Settings
-from kvist.calibrate import text
 from kvist.calibrate.run import observe, origin
 from kvist.calibrate.state import State
 from kvist.demo import chat

@@ -58,8 +58,8 @@ def calibrate(fitted: Fitted, chosen: Chosen, data: Data, where: There, printed:
     settings, out = _settings(fitted.method, chosen), fitted.out
     files.check_folder(out)
 
+    from kvist import text
     from kvist.artifact import JSON, TENSORS
-    from kvist.calibrate import text
     from kvist.calibrate.run import calibrate as fit
     from kvist.cli.models import for_gradients, load
 

@@ -31,7 +31,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class FromText(Kept, Named):
-    """A text, as `kvist.calibrate.text.texts` finds it."""
+    """A text, as `kvist.text.texts` finds it."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvist.calibrate import text
+from kvist import text
 from kvist.evaluate.registry import Source
 from kvist.evaluate.settings import Chunked, FromWindows
 
