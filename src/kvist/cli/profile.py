@@ -73,11 +73,9 @@ def profile(scored: Scored, data: Data, where: There, printed: Printed) -> None:
         from kvist.calibrate.draw import draw
 
         draw(found, plot)
-    told = (
-        {"profile": str(out)} | found.model_dump(mode="json") | {"summary": found.summary(), "unstable": found.unstable}
-    )
+    measured = {**found.model_dump(mode="json"), "summary": found.summary(), "unstable": found.unstable}
     printed.warn(*found.unstable)
-    printed.say(told, _table(found), f"use it by kvist allocate {out} --out FILE")
+    printed.say({"profile": str(out)} | measured, _table(found), f"use it by kvist allocate {out} --out FILE")
 
 
 def _widths(text: str, choices: tuple[int, ...]) -> tuple[int, ...]:

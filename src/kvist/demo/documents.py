@@ -1,7 +1,7 @@
 """Documents with planted facts, and questions about them, in the forms that the bundled model was trained on.
 
 Everything follows from one seed. The text between the facts is ours: `text.txt` (sampled once from the model, see
-sample.py) and `notes.txt` (about caches).
+dev/sample.py) and `notes.txt` (about caches).
 """
 
 import random

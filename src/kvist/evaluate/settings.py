@@ -62,9 +62,7 @@ class OfLengths:
     """Several lengths; without, what suits the model."""
 
     lengths: tuple[int, ...] = flag(
-        (),
-        "Of contexts, 1K,2K; for ppl, windows of which the last 256 tokens are scored.",
-        parse=parse_counts,
+        (), "Of contexts, 1K,2K; for ppl, windows of which the last 256 tokens are scored.", parse=parse_counts
     )
 
 
