@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 import kvist
@@ -129,7 +130,7 @@ def test_the_demo_table_is_made_from_what_the_demo_writes(generator, tmp_path, m
     numbers = {"used_bits": 5.25, "bits_per_element": 6.0, "nbytes": 2048.0, "billed": {"8192": 5.0, "32768": 4.5}}
     result = Result("kivi:4", "a sentence", {}, **numbers, kl=0.125, agreement=0.5, right=3, asked=4, answer="Yes.\nNo")
     document = Document("text", (0, 5, 6), (), 2, Question("open", "Is it?", "", (7,), ()))
-    data = summary("smollm2", [document], [result], 0, ("fp32", "bf16"))
+    data = summary("smollm2", [document], [result], 0, (torch.float32, torch.bfloat16))
     monkeypatch.setattr(generator.measured, "ROOT", tmp_path)
     (tmp_path / "out" / "demo").mkdir(parents=True)
     (tmp_path / "out" / "demo" / "results.json").write_text(json.dumps(data))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import kvist
 from kvist.cli.app import app
-from kvist.demo import chat, documents, measure, sample
+from kvist.demo import chat, documents, measure
 from kvist.demo.model import FOLDER, load
 from kvist.methods import parse
 from kvist.models.adapter import describe
@@ -49,7 +49,7 @@ def test_documents_hold_their_answers_and_are_made_from_the_seed(bundled):
 
 def test_text_between_facts_cannot_be_taken_for_one():
     for sentence in documents._filler():
-        assert not sample.FORBIDDEN.search(sentence)
+        assert not documents.FORBIDDEN.search(sentence)
 
 
 def few(document, count: int):

@@ -8,7 +8,7 @@ within one pass, as published tables are made: no window, no storage. These are 
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from transformers import DynamicCache
 
 from kvist.evaluate.contenders import Contender, State, bits, fill, packed
 from kvist.evaluate.generation import check_chunks, forward, living, read, states_of, steps, whole
+from kvist.evaluate.settings import Mode
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
-Mode = Literal["simulated", "stored"]
 MODES: tuple[str, ...] = get_args(Mode)
 CHUNK = 1 << 19  # logits compared at a time: their fp32 copies fit a core's cache
 
