@@ -56,7 +56,7 @@ def evaluate(asked: Asked, settings: Settings, where: Where, printed: Printed) -
     from kvist.evaluate import suite
     from kvist.evaluate.contenders import contender, parted
     from kvist.evaluate.results import Results
-    from kvist.evaluate.task import Place, run, spread
+    from kvist.evaluate.task import Subject, run, spread
 
     named = list(dict.fromkeys(["exact", *asked.method]))
     contenders = parted([contender(text, _recipes(asked.model)) for text in named], asked.parts.split(","))
@@ -66,11 +66,11 @@ def evaluate(asked: Asked, settings: Settings, where: Where, printed: Printed) -
     results = Results(files.folder(asked.out) / FILE if asked.out else None)
     texts = suite.documents(wanted)
     model, tokenizer = _loaded(asked.model, where, asked.stress, seed)
-    place, made = Place.of(model, asked.stress, seed), suite.tasks(wanted, texts, model, tokenizer)
+    subject, made = Subject.of(model, asked.stress, seed), suite.tasks(wanted, texts, model, tokenizer)
     with Bars() as bars:
         for task in made:
             some = contenders + (suite.floors(task, model) if asked.floor else [])
-            cells = run(task, place, some, results, spread(task, asked.limit), bars.show)
+            cells = run(task, subject, some, results, spread(task, asked.limit), bars.show)
             found.append((task, cells))
     if asked.plot:
         _draw(found, asked.plot)
@@ -78,7 +78,7 @@ def evaluate(asked: Asked, settings: Settings, where: Where, printed: Printed) -
     told = [
         {"task": t.name, "settings": t.settings, "results": suite.summary(cells, first, seed)} for t, cells in found
     ]
-    about = {"model": asked.model, "measured": place.name, "stress": asked.stress, "first": first}
+    about = {"model": asked.model, "measured": subject.name, "stress": asked.stress, "first": first}
     printed.say(about | {"tasks": told}, *(_table(one, asked, first) for one in told))
 
 
