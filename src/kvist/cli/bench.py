@@ -126,6 +126,7 @@ def throughput(whole: Whole, where: There, printed: Printed) -> None:
     files.check_plot(whole.plot)
 
     from kvist.bench import throughput as measured
+    from kvist.bench.generation import Lengths
 
     if config:
         model = _random(config, where, whole.seed)
@@ -140,18 +141,10 @@ def throughput(whole: Whole, where: There, printed: Printed) -> None:
 
         texts = chosen.methods(len(describe(model).served)) if chosen else {"kivi:2": "kivi:2"}
         recipes = {called: parse(text) for called, text in texts.items()}
-    measured.run(
-        model,
-        recipes,
-        whole.prompt_tokens or (chosen.prompt if chosen else 512),
-        whole.new_tokens or (chosen.new if chosen else 128),
-        str(name),
-        limit=whole.memory,
-        most=whole.batch,
-        preset=chosen,
-        as_json=printed.json,
-        **{each: getattr(whole, each) for each in ("rounds", "seed", "out", "plot", "chunk")},
-    )
+    prompt, new = (chosen.prompt, chosen.new) if chosen else (512, 128)
+    lengths = Lengths(whole.prompt_tokens or prompt, whole.new_tokens or new, whole.chunk)
+    race = measured.Race(lengths, whole.memory, whole.batch, whole.rounds, whole.seed)
+    measured.run(model, recipes, str(name), race, chosen, whole.out, printed.json, whole.plot)
 
 
 def _random(config, where: Where, seed: int):
