@@ -186,6 +186,12 @@ for arch in (80, 90, 100):
     pages = key, empty(1, 4, 256, 128), pool(key, 128), empty(1, 8, dtype=torch.int32), empty(1, dtype=torch.int32)
     assert compiled(arch, encode_kernel, encode_pages, *pages, numbers(key, 128), 128)[0].asm["cubin"]
     assert compiled(arch, rotate_kernel, rotate, empty(1, 4, 256, 80), 16)[0].asm["cubin"]
+def of_any_length():
+    for tokens in (4096, 4128, 4096 + 16 * 41):
+        there_and_back(value, empty(1, 4, tokens, 96), 0)
+
+for kernel in (encode_kernel, decode_kernel):
+    assert len(compiled(90, kernel, of_any_length)) == 1
 print("compiled")
 """
 

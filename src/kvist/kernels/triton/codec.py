@@ -18,7 +18,7 @@ from kvist.kernels.triton.pack import code_tile
 from kvist.kernels.triton.side import TILE, Form, Side, Tokens, coding, constant, decoded, entry_of, side
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["tiles", "width"])
 def encode_kernel(S, source, strides, tokens, tiles, starts, width):
     """A program per tile of tokens, part of the channels, head (one for all where a range spans them) and row. Into
     arrays as long as `source` or, where there is a page table, into the slots of a row from its start on."""
@@ -40,7 +40,7 @@ def encode_kernel(S, source, strides, tokens, tiles, starts, width):
         code_tile(S, source, start, strides[1], Tokens(row, slot, real, head), first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def decode_kernel(S, out, tiles):
     """A program per tile of tokens, head and row: codes to values (N, H, T, D), fp32."""
     F: tl.constexpr = S.form

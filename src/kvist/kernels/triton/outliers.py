@@ -38,7 +38,7 @@ def _smallest(keys, inside, room, LATE: tl.constexpr):
     return below | (equal & (number <= wanted[:, None]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def find_kernel(S, x, strides, tiles, LARGEST: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
     """A program per tile of tokens and row of x (N, H, T, D): what is stored of its outliers, and which they are."""
     F: tl.constexpr = S.form

@@ -6,7 +6,7 @@ compiles for what lies in a tuple, too: None is no argument, and an integer of a
 So numbers that change as a context grows stay outside, among the arguments that are not specialised on.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ TILE = 4096  # values that a program codes at a time
 LANES = 32  # tokens: a tile that is multiplied as it lies, by one warp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Form:
     """What is known of a side when a kernel is compiled for it.
 
@@ -72,6 +72,10 @@ class Form:
     even: bool = False
 
 
+# Launches look kernels up by their forms: equal ones are one object, and compared as such, which is quick.
+_made = cache(Form)
+
+
 class Side(NamedTuple):
     """A side as a kernel takes it. None where there is nothing of a kind.
 
@@ -113,7 +117,7 @@ def form(
     whole = aligned and (along or not stored or group % max(1, block) == 0)
     even = padded == dim and low and not high and block >= 32 and size % block == 0
     plain = traits.levels == "uniform" and not traits.outliers and not traits.rotary
-    return Form(
+    return _made(
         low=low, high=high, dim=dim, padded=padded, heads=heads, group=group, groups=-(-dim // group),
         along_tokens=along, across=traits.across_heads and stored and not raw, stored=stored,
         symmetric=traits.range == "absmax", shift=0.0 if table or raw else _shift(steps), steps=steps,
@@ -146,7 +150,7 @@ def coding(
     else:
         tile = step = max(1, min(TILE // (8 * part), triton.next_power_of_2(max(1, tokens))))
     how = {"tile": tile, "step": step, "part": part, "pieces": -(-eighth // part), "even": 8 * part == dim}
-    return replace(known, hadamard=hadamard, **how)
+    return _made(**vars(known) | {"hadamard": hadamard} | how)
 
 
 @cache
