@@ -229,3 +229,11 @@ def test_rows_of_unequal_state_are_packed_one_by_one(bundled):
         fetched = [layer.key.states[-1].frontier for layer in pair]
         assert fetched[0] == fetched[1] == 200
     assert [layer.key.states[0].frontier for layer in both.ours] == [130] * 6
+
+
+def test_an_installation_without_the_repository_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("kvist.demo.model.FOLDER", tmp_path / "references" / "kvist-6m")
+    with pytest.raises(
+        ValueError, match="comes with a clone of kvist's repository"
+    ):
+        load()

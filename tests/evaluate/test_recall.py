@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models_tiny import tiny_llama, tokens
 
-from kvist.calibrate.text import encode
 from kvist.demo.documents import documents
 from kvist.demo.model import load
 from kvist.evaluate import questions
@@ -22,6 +21,7 @@ from kvist.evaluate.task import Place, run
 from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.text import encode
 
 EXACT = [contender("exact")]
 

@@ -45,8 +45,8 @@ def calibrate(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is a folder, found a file at {out}")
 
+    from kvist import text
     from kvist.artifact import JSON, TENSORS
-    from kvist.calibrate import text
     from kvist.calibrate.run import calibrate as fit
     from kvist.cli.models import for_gradients, load
 

@@ -93,10 +93,10 @@ def _load(name: str):
     """Model and tokenizer on the CPU in fp32, which is exact and what most processors multiply fastest; and the type of
     the saved weights, in which methods that pack keep the tokens that wait."""
     from kvist.cli.models import load, read_config
-    from kvist.demo.model import BUNDLED, FOLDER
+    from kvist.demo.model import BUNDLED, bundled
     from kvist.models.precision import keep
 
-    folder = str(FOLDER) if name == BUNDLED else name
+    folder = str(bundled()) if name == BUNDLED else name
     model, tokenizer = load(folder, "cpu", "float32")
     saved = read_config(folder).dtype or model.dtype
     keep(model, saved)

@@ -218,9 +218,9 @@ def _results(out: Path | None):
 def _loaded(model: str, device: str, dtype: str, stress: str, seed: int):
     """The model and its tokenizer; outliers are planted in fp32 and rounded afterwards."""
     from kvist.cli.models import load, precision, read_config
-    from kvist.demo.model import BUNDLED, FOLDER
+    from kvist.demo.model import BUNDLED, bundled
 
-    name = str(FOLDER) if model == BUNDLED else model
+    name = str(bundled()) if model == BUNDLED else model
     if stress == "none":
         return load(name, device, dtype)
     from kvist.models.inject import inject, rounded

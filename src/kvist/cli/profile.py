@@ -49,7 +49,7 @@ def profile(
     if dtype == "float16":
         raise ValueError("gradients underflow in float16; use --dtype float32, or bfloat16 where memory is short")
 
-    from kvist.calibrate import text
+    from kvist import text
     from kvist.calibrate.sensitivity import profile as measure
     from kvist.cli.models import for_gradients, load
 

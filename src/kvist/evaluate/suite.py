@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvist import text
 from kvist.atomic import replacing
-from kvist.calibrate import text
 from kvist.evaluate import contenders
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.registry import Kind, Source, kind_of, kinds

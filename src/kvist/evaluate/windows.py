@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvist.calibrate import text
+from kvist import text
 from kvist.evaluate.registry import Source
 
 STEP = 32  # tokens per update, of which none is packed before the next update begins
@@ -16,7 +16,7 @@ BUCKET = 64  # tokens whose mean is a point of a curve
 
 @dataclass(frozen=True)
 class FromText:
-    """A text, as `kvist.calibrate.text.texts` finds it."""
+    """A text, as `kvist.text.texts` finds it."""
 
     data: str = "wikitext2"
     data_dir: Path | None = None

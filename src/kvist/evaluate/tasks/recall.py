@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from kvist.calibrate.text import BLANK, WIDE, digest, encode
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.generation import Prefill, Prompt, generate
@@ -17,6 +16,7 @@ from kvist.evaluate.questions import Question
 from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
 from kvist.evaluate.windows import FromText
+from kvist.text import BLANK, WIDE, digest, encode
 
 DEEP = ("passkey", "needle")
 ROOM = 128  # tokens for a question and its answer
