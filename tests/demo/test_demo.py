@@ -233,7 +233,5 @@ def test_rows_of_unequal_state_are_packed_one_by_one(bundled):
 
 def test_an_installation_without_the_repository_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("kvist.demo.model.FOLDER", tmp_path / "references" / "kvist-6m")
-    with pytest.raises(
-        ValueError, match="comes with a clone of kvist's repository"
-    ):
+    with pytest.raises(ValueError, match="comes with a clone of kvist's repository"):
         load()

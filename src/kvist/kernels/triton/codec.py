@@ -62,14 +62,14 @@ def _laid_out(traits: Traits, x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _encode(known: Form, into: Side, source: Tensor, starts: Tensor | None = None) -> None:
+def _encode(form: Form, into: Side, source: Tensor, starts: Tensor | None = None) -> None:
     """One launch. starts: the first slot of each row, where `into` has a page table."""
     count, heads, tokens, _ = source.shape
-    tiles, width = -(-tokens // known.step), 0 if into.table is None else into.table.shape[1]
-    if programs := tiles * known.pieces * (1 if known.across else heads) * count:
+    tiles, width = -(-tokens // form.step), 0 if into.table is None else into.table.shape[1]
+    if programs := tiles * form.pieces * (1 if form.across else heads) * count:
         encode_kernel[(programs,)](
             into, source, source.stride()[:3], tokens, tiles, starts, width,
-            num_warps=warps(known), **EXACT,
+            num_warps=warps(form), **EXACT,
         )  # fmt: skip
 
 
@@ -81,25 +81,25 @@ def encode(traits: Traits, x: Tensor, constants: Constants, slots: int, turn: bo
     if turn and traits.hadamard and slots:
         x, turn = rotate(x, dim & -dim), False
     source = _laid_out(traits, x.reshape(count, heads, tokens, dim))
-    known = coding(traits, dim, heads, tokens, slots, turn)
+    form = coding(traits, dim, heads, tokens, slots, turn)
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, *shape, dtype=dtype, device=x.device)
 
     arrays = {"codes": new(heads, tokens, packed_bytes(dim, traits.bits), dtype=torch.uint8)}
-    shape = (heads, tokens // known.group, dim) if known.along_tokens else (heads, tokens, known.groups)
-    for name in ("scale", "offset")[: known.stored * (1 if known.symmetric else 2)]:
-        arrays[name] = new(*((tokens, 1) if known.across else shape), dtype=torch.float16)
+    shape = (heads, tokens // form.group, dim) if form.along_tokens else (heads, tokens, form.groups)
+    for name in ("scale", "offset")[: form.stored * (1 if form.symmetric else 2)]:
+        arrays[name] = new(*((tokens, 1) if form.across else shape), dtype=torch.float16)
     escaped = new(heads, tokens, dim, dtype=torch.uint8) if slots else None
-    clipped = None if known.stored else torch.zeros((), dtype=torch.int64, device=x.device)
+    clipped = None if form.stored else torch.zeros((), dtype=torch.int64, device=x.device)
     if slots:
         arrays["outlier"] = new(tokens, slots, dtype=torch.float16)
         arrays["channel"] = new(tokens, slots, dtype=torch.uint8 if dim <= 256 else torch.int16)
         arrays["ends"] = new(tokens, heads, dtype=torch.uint8)
-    into = side(known, arrays, constants, tokens, torch.int32, escaped=escaped, clipped=clipped)
+    into = side(form, arrays, constants, tokens, torch.int32, escaped=escaped, clipped=clipped)
     if slots:
         find(traits, source, into)
-    _encode(known, into, source)
+    _encode(form, into, source)
     arrays = {name: array.view(*lead, *array.shape[1:]) for name, array in arrays.items()}
     return arrays if clipped is None else arrays | {"clipped": clipped}
 
@@ -113,11 +113,11 @@ def encode_pages(
     page tables (B, width) int32 and starts (B,) int32, whole groups. clipped: int64, is added to."""
     if traits.outliers:
         raise ValueError("outliers are found before anything is packed: use `encode`, and write what it returns")
-    source, known = _laid_out(traits, x), coding(traits, x.shape[3], x.shape[1], x.shape[2], turn=turn)
-    if clipped is None and not known.stored:
+    source, form = _laid_out(traits, x), coding(traits, x.shape[3], x.shape[1], x.shape[2], turn=turn)
+    if clipped is None and not form.stored:
         clipped = torch.empty((), dtype=torch.int64, device=x.device)  # added to, and never read
-    into = side(known, arrays, constants, constant(page), torch.int32, clipped=clipped, table=table)
-    _encode(known, into, source, starts)
+    into = side(form, arrays, constants, constant(page), torch.int32, clipped=clipped, table=table)
+    _encode(form, into, source, starts)
 
 
 @on_its_device
@@ -128,10 +128,10 @@ def decode(traits: Traits, arrays: dict[str, Tensor], constants: Constants) -> T
     flat = {name: array.contiguous() for name, array in arrays.items()}
     out = torch.empty(*lead, heads, tokens, dim, dtype=torch.float32, device=flat["codes"].device)
     slots = flat["channel"].shape[-1] if "channel" in flat else 0
-    known = coding(traits, dim, heads, TILE, slots, whole=True)
-    tiles = -(-tokens // known.tile)
+    form = coding(traits, dim, heads, TILE, slots, whole=True)
+    tiles = -(-tokens // form.tile)
     if programs := tiles * heads * count:
-        decode_kernel[(programs,)](side(known, flat, constants, tokens), out, tiles, num_warps=warps(known), **EXACT)
+        decode_kernel[(programs,)](side(form, flat, constants, tokens), out, tiles, num_warps=warps(form), **EXACT)
     return out
 
 
@@ -149,7 +149,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     """`grid.rotate`; x may be of any float type."""
     x, dim = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x, dtype=torch.float32), x.numel() // dim
-    known = coding(Traits("uniform", 8, "channels", 0, False, "minmax"), dim, 1, rows)
+    form = coding(Traits("uniform", 8, "channels", 0, False, "minmax"), dim, 1, rows)
     if rows:
-        rotate_kernel[(-(-rows // known.tile),)](x, out, rows, known, block, num_warps=warps(known), **EXACT)
+        rotate_kernel[(-(-rows // form.tile),)](x, out, rows, form, block, num_warps=warps(form), **EXACT)
     return out

@@ -14,9 +14,9 @@ from kvist.kernels.triton.unpack import PLAIN
 EXACT = {"enable_fp_fusion": False}
 
 
-def warps(known: Form) -> int:
+def warps(form: Form) -> int:
     """For about 32 values per thread."""
-    return max(1, min(16, known.tile * known.part * 8 // 1024))
+    return max(1, min(16, form.tile * form.part * 8 // 1024))
 
 
 @triton.jit

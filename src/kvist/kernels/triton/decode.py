@@ -14,7 +14,7 @@ from kvist.kernels.guard import on_its_device
 from kvist.kernels.triton.attend import Parts, decode_kernel
 from kvist.kernels.triton.loose import LOOSE
 from kvist.kernels.triton.scores import Call, Shape
-from kvist.kernels.triton.side import LANES, Form, Side, constant, form, side
+from kvist.kernels.triton.side import LANES, Form, Side, constant, form_of, side
 
 COLUMNS = 16  # query rows per program at most
 WAVES = 8  # programs per multiprocessor that a launch aims for
@@ -43,14 +43,14 @@ def _form(traits: Traits, stored: Stored, exact: Exact, values: bool = False) ->
     heads, dim = exact.ring.shape[1], exact.ring.shape[3]
     slots = stored.arrays["channel"].shape[-1] if "channel" in stored.arrays else 0
     frequencies, scaling = stored.constants.frequencies, float(stored.constants.scaling)
-    return form(traits, dim, heads, slots, 0 if frequencies is None else len(frequencies), scaling, values)
+    return form_of(traits, dim, heads, slots, 0 if frequencies is None else len(frequencies), scaling, values)
 
 
-def _side(known: Form, stored: Stored, exact: Exact, page: int) -> Side:
+def _side(form: Form, stored: Stored, exact: Exact, page: int) -> Side:
     """A side as it is attended to."""
     sinks, pinned = (x if x.numel() else None for x in (exact.sinks, exact.pinned))
     kept = Exact(sinks, exact.ring, pinned)
-    return side(known, stored.arrays, stored.constants, constant(page), table=stored.table, exact=kept)
+    return side(form, stored.arrays, stored.constants, constant(page), table=stored.table, exact=kept)
 
 
 def splits_for(cells: int, pages: int, device: torch.device) -> int:

@@ -101,7 +101,7 @@ class Side(NamedTuple):
 
 
 @cache
-def form(
+def form_of(
     traits: Traits, dim: int, heads: int, slots: int = 0, pairs: int = 0, scaling: float = 1.0, values: bool = False
 ) -> Form:
     """A side as kernels are compiled for it. slots: of outliers per token; pairs: rotated ones of channels, and the
@@ -140,17 +140,17 @@ def coding(
 ) -> Form:
     """A side as kernels that code are compiled for it. tokens: the most at a time; turn: rotate them first; whole: a
     program decodes all channels of a token, of any group."""
-    known, eighth = form(traits, dim, heads, slots), dim // 8
-    part, hadamard = triton.next_power_of_2(eighth), known.hadamard if turn else 0
-    if known.along_tokens and not whole:
-        step = known.group
+    form, eighth = form_of(traits, dim, heads, slots), dim // 8
+    part, hadamard = triton.next_power_of_2(eighth), form.hadamard if turn else 0
+    if form.along_tokens and not whole:
+        step = form.group
         tile = triton.next_power_of_2(step)
         while not hadamard and part > 16 and tile * part * 8 > 4 * TILE:
             part //= 2
     else:
         tile = step = max(1, min(TILE // (8 * part), triton.next_power_of_2(max(1, tokens))))
     how = {"tile": tile, "step": step, "part": part, "pieces": -(-eighth // part), "even": 8 * part == dim}
-    return _made(**vars(known) | {"hadamard": hadamard} | how)
+    return _made(**vars(form) | {"hadamard": hadamard} | how)
 
 
 @cache
@@ -160,12 +160,12 @@ def constant(x: object) -> object:
     return x if PLAIN else tl.constexpr(x)
 
 
-def side(known: Form, arrays: dict[str, Tensor], constants: Constants, page: object, word=torch.int16, **more) -> Side:
+def side(form: Form, arrays: dict[str, Tensor], constants: Constants, page: object, word=torch.int16, **more) -> Side:
     """What a kernel is given of a side. word: the integers that it takes several bytes of codes as."""
     codes = arrays["codes"] if "codes" in arrays else arrays["values"]
     wide = codes.dtype == torch.uint8 and codes.shape[-1] % word.itemsize == 0
     stored = (arrays.get(name) for name in ("scale", "offset", "outlier", "channel", "ends"))
-    return Side(constant(known), page, codes, codes.view(word) if wide else None, *stored, constants, **more)
+    return Side(constant(form), page, codes, codes.view(word) if wide else None, *stored, constants, **more)
 
 
 class Tokens(NamedTuple):

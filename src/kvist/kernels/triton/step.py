@@ -87,7 +87,7 @@ def step(
     forms = [coding(traits, ring.shape[3], heads, tokens, turn=True) for traits, ring, tokens in given]
     given = zip(forms, pools, constants, clipped, tables, strict=True)
     sides = [side(*x, constant(page), torch.int32, clipped=count, table=table) for *x, count, table in given]
-    jobs = [-(-tokens // known.step) * known.pieces for known, tokens in zip(forms, most, strict=True)]
+    jobs = [-(-tokens // form.step) * form.pieces for form, tokens in zip(forms, most, strict=True)]
     step_kernel[(sum(jobs) + 1, heads, batch)](
         *sides, (new_k.contiguous(), new_v.contiguous()), tuple(rings), state, capacity,
         tables[0].shape[1], tables[1].shape[1], K_JOBS=jobs[0], num_warps=max(map(warps, forms)), **EXACT,
