@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvist.kernels.triton.loose import LOOSE, loose_part
-from kvist.kernels.triton.scores import LOG2E, NONE, Place, Widths, dense_scores, packed_query, peak, scaled, soften
+from kvist.kernels.triton.scores import LOG2E, NONE, Place, Widths, dense_scores, packed_query, soften
 from kvist.kernels.triton.side import Tokens, decoded
 from kvist.kernels.triton.tiles import folded_scores, hadamard, slice_channels, slice_group, value_unit, weigh_folded
 
@@ -57,10 +57,8 @@ def _packed_part(call, K, V, widths, place, first, last, out, C: tl.constexpr):
     limit, origin = tl.minimum(tl.load(state + 1), tl.load(state + 2)), tl.load(state + 4)
     top = tl.full([M], NONE, tl.float32)
     total = tl.full([T, M], 0.0, tl.float32)  # added up over the tokens of a tile at the end
-    query = packed_query(call.q, place, K.form, K.form.folded)
-    largest = peak(query)
-    query = scaled(query, 1.0 / largest)
-    factor = largest * (call.scale * LOG2E)
+    query, factor = packed_query(call.q, place, K.form, K.form.folded)
+    factor = factor * (call.scale * LOG2E)
     r = 1.0
     acc, constant = (), ()
     if VF.folded:

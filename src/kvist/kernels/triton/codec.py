@@ -15,7 +15,7 @@ from kvist.kernels.guard import on_its_device
 from kvist.kernels.triton.coding import EXACT, butterflies, warps
 from kvist.kernels.triton.outliers import find
 from kvist.kernels.triton.pack import code_tile
-from kvist.kernels.triton.side import TILE, Form, Side, Tokens, coding, constant, decoded, entry_of, side
+from kvist.kernels.triton.side import TILE, Form, Side, Tokens, coding, constant, decoded, entry_of, side, tokens_at
 
 
 @triton.jit(do_not_specialize=["tiles", "width"])
@@ -33,11 +33,10 @@ def encode_kernel(S, source, strides, tokens, tiles, starts, width):
     real = (t < F.step) & (slot < tokens)
     start = row * strides[0] + slot * strides[2]
     if S.table is not None:
-        slot += tl.load(starts + row)
-        page = tl.load(S.table + row * width + slot // S.page, mask=real, other=0).to(tl.int64)
-        code_tile(S, source, start, strides[1], Tokens(page, slot % S.page, real, head), first)
+        at = tokens_at(S, row, width, slot + tl.load(starts + row), real, head)
     else:
-        code_tile(S, source, start, strides[1], Tokens(row, slot, real, head), first)
+        at = Tokens(row, slot, real, head)
+    code_tile(S, source, start, strides[1], at, first)
 
 
 @triton.jit(do_not_specialize=["tiles"])

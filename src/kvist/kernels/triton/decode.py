@@ -38,19 +38,15 @@ def configurations() -> list[Configuration]:
     return [FOLDED, DENSE]
 
 
-def _form(traits: Traits, stored: Stored, exact: Exact, values: bool = False) -> Form:
-    """A side as the kernel is compiled for it."""
-    heads, dim = exact.ring.shape[1], exact.ring.shape[3]
-    slots = stored.arrays["channel"].shape[-1] if "channel" in stored.arrays else 0
-    frequencies, scaling = stored.constants.frequencies, float(stored.constants.scaling)
-    return form_of(traits, dim, heads, slots, 0 if frequencies is None else len(frequencies), scaling, values)
-
-
-def _side(form: Form, stored: Stored, exact: Exact, page: int) -> Side:
+def _side(traits: Traits, stored: Stored, exact: Exact, page: int, values: bool = False) -> tuple[Side, Form]:
     """A side as it is attended to."""
+    arrays, constants, (_, heads, _, dim) = stored.arrays, stored.constants, exact.ring.shape
+    slots = arrays["channel"].shape[-1] if "channel" in arrays else 0
+    pairs = 0 if constants.frequencies is None else len(constants.frequencies)
+    form = form_of(traits, dim, heads, slots, pairs, float(constants.scaling), values)
     sinks, pinned = (x if x.numel() else None for x in (exact.sinks, exact.pinned))
-    kept = Exact(sinks, exact.ring, pinned)
-    return side(form, stored.arrays, stored.constants, constant(page), table=stored.table, exact=kept)
+    more = {"table": stored.table, "exact": Exact(sinks, exact.ring, pinned)}
+    return side(form, arrays, constants, constant(page), **more), form
 
 
 def splits_for(cells: int, pages: int, device: torch.device) -> int:
@@ -81,7 +77,8 @@ def decode(
     scratch = torch.empty(cells * (value_dim + 2), dtype=torch.float32, device=q.device)
     top, total, sums = scratch.split([cells, cells, cells * value_dim])
     out = torch.empty(batch, q_heads, queries, value_dim, dtype=q.dtype, device=q.device)
-    k_form, v_form = _form(key, k, k_exact), _form(value, v, v_exact, values=True)
+    K, k_form = _side(key, k, k_exact, call.page)
+    V, v_form = _side(value, v, v_exact, call.page, values=True)
     config = configuration or (FOLDED if k_form.folded and v_form.folded else DENSE)
     merged = m if v_form.hadamard else min(m, triton.next_power_of_2(rows))
     skip = None if call.skip is None else call.skip.view(torch.uint8)
@@ -89,8 +86,7 @@ def decode(
     numbers = call.scale, sinks, most, pins, v_exact.pinned.shape[2]
     decode_kernel[parts, batch * heads, blocks](
         Call(q.contiguous(), out, call.state, skip, call.pinned, logits, *numbers),
-        Parts(sums, top, total, call.counters),
-        _side(k_form, k, k_exact, call.page), _side(v_form, v, v_exact, call.page),
+        Parts(sums, top, total, call.counters), K, V,
         capacity, k.table.shape[1], v.table.shape[1], 0 if skip is None else skip.shape[1],
         C=Shape(rows, queries, m, merged, min(config.tile, call.page), float(call.softcap or 0.0)),
         num_warps=config.warps, num_stages=config.stages,

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from kvist.kernels.triton.scores import LOG2E, NONE, dense_scores, exact_query, packed_query, peak, scaled, soften
-from kvist.kernels.triton.side import Tokens, decoded
+from kvist.kernels.triton.scores import LOG2E, NONE, dense_scores, exact_query, packed_query, soften
+from kvist.kernels.triton.side import decoded, tokens_at
 from kvist.kernels.triton.tiles import hadamard
 from kvist.kernels.triton.unpack import PLAIN
 
@@ -42,13 +42,6 @@ def _loose_rows(S, place, kind, index, d, capacity, sinks, pins):
 
 
 @triton.jit
-def _packed_at(S, place, width, position, ok):
-    """Packed tokens (T,) by their positions behind the sinks, those that are `ok`."""
-    page = tl.load(S.table + place.b * width + tl.where(ok, position // S.page, 0), mask=ok, other=0).to(tl.int64)
-    return Tokens(page, tl.where(ok, position % S.page, 0), ok, place.head)
-
-
-@triton.jit
 def loose_part(call, K, V, widths, place, first, out, C: tl.constexpr):
     """Attention over LOOSE loose tokens from number `first` on, its sums to `out`; the maximum of the scores and the
     sum of the weights (M,). They are numbered: sinks, then positions from the lower frontier on, then pins."""
@@ -83,10 +76,9 @@ def loose_part(call, K, V, widths, place, first, out, C: tl.constexpr):
     else:
         s = tl.dot(x.to(tl.float32), plain.to(tl.float32), input_precision="tf32x3")
     if tl.max(k_packed.to(tl.int32)) > 0:
-        stored = packed_query(call.q, place, K.form, False)
-        high = peak(stored)
-        at = _packed_at(K, place, widths.k, position, k_packed)
-        s += dense_scores(K, scaled(stored, 1.0 / high), at, position + origin) * high[None, :]
+        stored, peak = packed_query(call.q, place, K.form, False)
+        at = tokens_at(K, place.b, widths.k, position, k_packed, place.head)
+        s += dense_scores(K, stored, at, position + origin) * peak[None, :]
     number = tl.where(is_sink, i, position + call.sinks)
     horizon = held + behind - C.queries + place.columns % C.queries
     seen = ok[:, None] & (number[:, None] <= horizon[None, :])
@@ -100,7 +92,7 @@ def loose_part(call, K, V, widths, place, first, out, C: tl.constexpr):
         acc = tl.dot(tl.trans(x), rounded)
         acc = tl.dot(tl.trans(x), (weights - rounded.to(tl.float32)).to(x.dtype), acc)
     if tl.max(v_packed.to(tl.int32)) > 0:
-        packed = decoded(V, _packed_at(V, place, widths.v, position, v_packed), d)
+        packed = decoded(V, tokens_at(V, place.b, widths.v, position, v_packed, place.head), d)
         extra = tl.dot(tl.trans(packed).to(tl.float16), tl.where(v_packed[:, None], weights, 0.0).to(tl.float16))
         if V.form.hadamard > 0:
             turn = hadamard(d[:, None], d[None, :], V.form.hadamard)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvist.kernels.triton.side import decoded
-from kvist.kernels.triton.tiles import angles, first_of, hadamard, second_of, slice_channels
+from kvist.kernels.triton.tiles import angles, channel_of, hadamard, slice_channels
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that differences are numbers
@@ -97,7 +97,8 @@ def _stored_query(q, place, d, F: tl.constexpr):
 
 @triton.jit
 def packed_query(q, place, F: tl.constexpr, FOLDED: tl.constexpr):
-    """The queries as packed keys meet them: slices for `folded_scores`, or what `dense_scores` takes."""
+    """The queries as packed keys meet them, slices for `folded_scores` or what `dense_scores` takes, divided by the
+    largest of each row; and that (M,), 1 where all are 0."""
     parts = ()
     if FOLDED:
         for j in tl.static_range(F.dim * F.low // 8 // F.block):
@@ -107,29 +108,18 @@ def packed_query(q, place, F: tl.constexpr, FOLDED: tl.constexpr):
         parts = parts + (_stored_query(q, place, tl.arange(0, F.padded), F),)
     else:
         pair = tl.arange(0, F.pair_tile)
-        parts = parts + (_stored_query(q, place, first_of(pair, F), F),)
-        parts = parts + (_stored_query(q, place, second_of(pair, F), F),)
+        parts = parts + (_stored_query(q, place, channel_of(pair, 0, F), F),)
+        parts = parts + (_stored_query(q, place, channel_of(pair, 1, F), F),)
         if 2 * F.pairs < F.dim:
             parts = parts + (_stored_query(q, place, 2 * F.pairs + tl.arange(0, F.rest_tile), F),)
-    return parts
-
-
-@triton.jit
-def peak(q):
-    """The largest size of any part of the queries (M,), 1 where all are 0."""
-    high = tl.max(tl.abs(q[0]), 0)
-    for i in tl.static_range(1, len(q)):
-        high = tl.maximum(high, tl.max(tl.abs(q[i]), 0))
-    return tl.where(high > 0, high, 1.0)
-
-
-@triton.jit
-def scaled(q, factor):
-    """Every part of the queries times a factor (M,)."""
-    parts = ()
-    for i in tl.static_range(len(q)):
-        parts = parts + (q[i] * factor[None, :],)
-    return parts
+    peak = tl.max(tl.abs(parts[0]), 0)
+    for i in tl.static_range(1, len(parts)):
+        peak = tl.maximum(peak, tl.max(tl.abs(parts[i]), 0))
+    peak = tl.where(peak > 0, peak, 1.0)
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] * (1.0 / peak)[None, :],)
+    return scaled, peak
 
 
 @triton.jit
@@ -142,8 +132,8 @@ def dense_scores(S, q, at, position):
         s = tl.dot(x.to(tl.float16), (q[0] * 1024.0).to(tl.float16))
     else:
         pair = tl.arange(0, F.pair_tile)
-        a = decoded(S, at, first_of(pair, F))
-        b = decoded(S, at, second_of(pair, F))
+        a = decoded(S, at, channel_of(pair, 0, F))
+        b = decoded(S, at, channel_of(pair, 1, F))
         cos, sin = angles(S.constants.frequencies, position[:, None], pair[None, :], F)
         s = tl.dot((a * cos - b * sin).to(tl.float16), (q[0] * 1024.0).to(tl.float16))
         s = tl.dot((b * cos + a * sin).to(tl.float16), (q[1] * 1024.0).to(tl.float16), s)

@@ -178,6 +178,13 @@ class Tokens(NamedTuple):
 
 
 @triton.jit
+def tokens_at(S, row, width, slot, ok, head):
+    """Tokens by their slots in a row of pages, through its page table (block table) of so many columns."""
+    page = tl.load(S.table + row * width + slot // S.page, mask=ok, other=0).to(tl.int64)
+    return Tokens(page, slot % S.page, ok, head)
+
+
+@triton.jit
 def entry_of(S, at):
     """The number of each token of a head among all that are stored."""
     return (at.page * S.form.heads + at.head) * S.page + at.slot

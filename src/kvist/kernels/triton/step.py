@@ -14,7 +14,7 @@ from kvist.kernels.contract import Constants, Traits
 from kvist.kernels.guard import on_its_device
 from kvist.kernels.triton.coding import EXACT, warps
 from kvist.kernels.triton.pack import code_tile
-from kvist.kernels.triton.side import Tokens, coding, constant, side
+from kvist.kernels.triton.side import coding, constant, side, tokens_at
 
 STATE = tl.constexpr(6)  # numbers per row
 
@@ -38,8 +38,7 @@ def _pack(S, ring, capacity, width, due, row, head, job):
         t = tl.arange(0, F.tile)
         real = (t < F.step) & (done + t < count)
         position = start + done + t
-        page = tl.load(S.table + row.to(tl.int64) * width + position // S.page, mask=real, other=0).to(tl.int64)
-        at = Tokens(page, position % S.page, real, head)
+        at = tokens_at(S, row.to(tl.int64), width, position, real, head)
         first = (row.to(tl.int64) * F.heads * capacity + position % capacity) * F.dim
         code_tile(S, ring, first, tl.cast(capacity, tl.int64) * F.dim, at, job % F.pieces * F.part)
 

@@ -15,15 +15,9 @@ TURN = tl.constexpr(0.15915494309189535)  # 1 / 2π
 
 
 @triton.jit
-def first_of(pair, F: tl.constexpr):
-    """The first channel of each rotated pair; beyond the pairs a channel that is none."""
-    return tl.where(pair < F.pairs, 2 * pair if F.interleaved else pair, F.dim)
-
-
-@triton.jit
-def second_of(pair, F: tl.constexpr):
-    """The second one."""
-    return tl.where(pair < F.pairs, 2 * pair + 1 if F.interleaved else pair + F.pairs, F.dim)
+def channel_of(pair, NUMBER: tl.constexpr, F: tl.constexpr):
+    """The first (NUMBER 0) or second channel of each rotated pair; beyond the pairs one that is none."""
+    return tl.where(pair < F.pairs, 2 * pair + NUMBER if F.interleaved else pair + NUMBER * F.pairs, F.dim)
 
 
 @triton.jit
