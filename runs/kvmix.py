@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from kvist import text
 from kvist.allocation import Allocation, rules
 from kvist.atomic import replacing, write_json
-from kvist.calibrate import budget, text
+from kvist.calibrate import budget
 from kvist.calibrate.profile import SIDES, Profile, spearman
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import load

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from kvist import text
 from kvist.artifact import Artifact, Fit, Settings
 from kvist.atomic import replacing
-from kvist.calibrate import tables, text
+from kvist.calibrate import tables
 from kvist.calibrate.run import Observed, observe, origin
 from kvist.calibrate.state import State
 from kvist.coding import Table

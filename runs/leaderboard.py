@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from kvist import text
 from kvist.atomic import replacing, write_json
 from kvist.bench.reports import Gates
-from kvist.calibrate import budget, text
+from kvist.calibrate import budget
 from kvist.calibrate.run import calibrate
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import FOLDER

@@ -106,7 +106,7 @@ def test_the_generator_sees_a_stale_catalogue(generator):
 
 
 def test_measured_tables_are_made_from_their_files(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator.tables, "ROOT", tmp_path)
+    monkeypatch.setattr(generator.measured, "ROOT", tmp_path)
     page = "<!-- measured: decode -->\nas it was\n<!-- /measured: decode -->\n"
     assert generator.render(page) == page
     (tmp_path / "runs").mkdir()
@@ -130,11 +130,11 @@ def test_the_demo_table_is_made_from_what_the_demo_writes(generator, tmp_path, m
     result = Result("kivi:4", "a sentence", {}, **numbers, kl=0.125, agreement=0.5, right=3, asked=4, answer="Yes.\nNo")
     document = Document("text", (0, 5, 6), (), 2, Question("open", "Is it?", "", (7,), ()))
     data = summary("smollm2", [document], [result], 0, ("fp32", "bf16"))
-    monkeypatch.setattr(generator.tables, "ROOT", tmp_path)
+    monkeypatch.setattr(generator.measured, "ROOT", tmp_path)
     (tmp_path / "out" / "demo").mkdir(parents=True)
     (tmp_path / "out" / "demo" / "results.json").write_text(json.dumps(data))
-    assert "| `kivi:4` | 5.25 | 5.00 | 4.50 | 2 | 0.12 | 50.0% | 3 of 4 | 0.0 |" in generator.tables.demo()
-    assert generator.tables.answers() == "```text\nIs it?\n\nkivi:4  Yes.\n```"
+    assert "| `kivi:4` | 5.25 | 5.00 | 4.50 | 2 | 0.12 | 50.0% | 3 of 4 | 0.0 |" in generator.quality.demo()
+    assert generator.quality.answers() == "```text\nIs it?\n\nkivi:4  Yes.\n```"
 
 
 @pytest.mark.parametrize("page", PAGES)
