@@ -13,6 +13,7 @@ from kvist.cache.view import View
 from kvist.kernels.contract import Decode
 from kvist.kernels.triton import decode as decode_triton
 from kvist.kernels.triton import unpack as unpack_triton
+from kvist.kernels.triton.ahead import compiled
 from kvist.methods import parse
 from kvist.methods.parts import per_channel
 from kvist.testing.cases import CASES, recipe
@@ -193,6 +194,11 @@ def test_what_the_kernel_cannot_serve_is_left_to_the_parts(monkeypatch):
     layer.crop(-60)  # closes a group: slots are no positions any more
     layer.rows.crop(layer.slots)
     assert View.after(layer)._step(torch.randn(1, 2, 1, 32), 1.0, None, None) is None
+
+
+def test_nothing_is_compiled_ahead_where_nothing_is_compiled():
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compiled(90, decode_triton.decode_kernel, decode_triton.decode)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -39,10 +39,12 @@ class _Driver:
 
 @contextmanager
 def absent(arch: int) -> Iterator[None]:
-    """Launches within compile for sm_`arch`, one of `SHARED`, and do nothing; tensors may be of any device but CUDA.
-    Raises RuntimeError where Triton is its interpreter, which compiles nothing."""
+    """Launches within compile for sm_`arch` and do nothing; tensors may be of any device but CUDA, "meta" too.
+    Raises RuntimeError where Triton is its interpreter, ValueError for an architecture that is not in `SHARED`."""
     if PLAIN:
         raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    if arch not in SHARED:
+        raise ValueError(f"architectures are {', '.join(map(str, SHARED))}, found {arch}")
     driver.set_active(_Driver(arch))
     try:
         yield
@@ -52,7 +54,7 @@ def absent(arch: int) -> Iterator[None]:
 
 def compiled(arch: int, kernel, run: Callable, *args, **options) -> list:
     """`kernel` as `run(*args, **options)` launches it on sm_`arch`: each variant, as Triton's `compile` returns it."""
-    kernel.device_caches.pop(f"sm_{arch}", None)
     with absent(arch):
+        kernel.device_caches.pop(f"sm_{arch}", None)  # of earlier calls
         run(*args, **options)
     return list(kernel.device_caches[f"sm_{arch}"][0].values())

@@ -31,8 +31,9 @@ class Call(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a launch is compiled for beside its sides. rows: of queries per KV head, of `queries` positions; columns: of
-    them per program; merged: those that are any; tile: packed tokens multiplied at a time; softcap: 0 for none."""
+    """What a launch is compiled for beside its sides. rows: of queries per KV head, `queries` of each query head;
+    columns: room for rows in a program; merged: as many of them as hold any; tile: packed tokens multiplied at a time;
+    softcap: 0 for none."""
 
     rows: int
     queries: int
