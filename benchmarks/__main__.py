@@ -1,12 +1,15 @@
 """`python -m benchmarks`, from the repository's root: what needs a GPU, or what a compiler makes of the kernels."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from kvist.cli.errors import Verbs
-from kvist.cli.show import Json, check_plot
+from kvist.cli.files import check_plot
+from kvist.cli.options import command
+from kvist.cli.show import Printed
+from kvist.flags import flag
 
 app = typer.Typer(
     cls=Verbs,
@@ -18,21 +21,23 @@ app = typer.Typer(
 )
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels are measured, on what."""
+
+    shape: tuple[str, ...] = flag((), "Query/KV heads:tokens[xbatch]: 32/8:128K, 32/32:32Kx8; repeatable.", "-s")
+    method: tuple[str, ...] = flag((), "A method of ours; repeatable.", "-m")
+    device: str = flag("auto", "auto, cpu or cuda. On a CPU: toy sizes, checks, no times.")
+    rounds: int = flag(50, "Measured replays of each contender.", least=1)
+    toy: bool = flag(False, "Sizes that an interpreter can bear.")
+    variants: bool = flag(True, "Pages anywhere, ragged batches, packing, too.")
+    out: Path | None = flag(None, "File for the results, as JSON; written after every shape.")
+    plot: Path | None = flag(None, "File for a roofline plot, as PNG.")
+
+
 @app.command()
-def kernels(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option("--shape", "-s", help="Query/KV heads:tokens[xbatch]: 32/8:128K, 32/32:32Kx8; repeatable."),
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda. On a CPU: toy sizes, checks, no times.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Measured replays of each contender.")] = 50,
-    toy: Annotated[bool, typer.Option("--toy", help="Sizes that an interpreter can bear.")] = False,
-    variants: Annotated[bool, typer.Option(help="Pages anywhere, ragged batches, packing, too.")] = True,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON; written after every shape.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a roofline plot, as PNG.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def kernels(asked: Kernels, printed: Printed) -> None:
     """One layer's decode attention over packed pages against torch, FlashInfer and FlashAttention over 16 bits and FP8.
 
     Every method is checked against fp32 attention over the decoded cache first; one that is wrong is not timed. Times
@@ -42,18 +47,23 @@ def kernels(
     """
     from benchmarks import kernels as measured
 
-    check_plot(plot)
-    asked = shape or (), method or measured.METHODS
-    measured.run(*asked, device=device, rounds=rounds, toy=toy, variants=variants, out=out, plot=plot, as_json=json)
+    check_plot(asked.plot)
+    given = {name: value for name, value in vars(asked).items() if name not in ("shape", "method")}
+    measured.run(asked.shape, asked.method or measured.METHODS, **given, as_json=printed.json)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """How much of it, and where results go."""
+
+    out: Path = flag(Path("runs/gpu"), "Folder for the results, a file per stage.")
+    budget_seconds: float = flag(480, "That all of it may take.", least=30)
+    plan: str = flag("all", "check, kernels, models, headline, or all.")
 
 
 @app.command()
-def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for the results, a file per stage.")] = Path("runs/gpu"),
-    budget: Annotated[float, typer.Option("--budget-seconds", min=30, help="That all of it may take.")] = 480,
-    plan: Annotated[str, typer.Option(help="check, kernels, models, headline, or all.")] = "all",
-    json: Json = False,
-) -> None:
+@command
+def gpu(asked: Everything, printed: Printed) -> None:
     """Everything that wants a GPU: checks, kernels, whole models, the longest contexts; then which goals are met.
 
     Builds nothing. Each stage is a process of its own and writes what it found; stages that no time is left for are
@@ -61,17 +71,22 @@ def gpu(
     """
     from benchmarks import gpu as everything
 
-    everything.run(out, budget_seconds=budget, plan=plan, as_json=json)
+    everything.run(asked.out, asked.budget_seconds, plan=asked.plan, as_json=printed.json)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Which machine code is counted."""
+
+    arch: tuple[int, ...] = flag((), "80, 90 or 100; repeatable.  [default: all]")
+    bits: tuple[int, ...] = flag((), "2 or 4; repeatable.  [default: both]")
+    group: tuple[int, ...] = flag((), "32 or 128; repeatable.  [default: both]")
+    out: Path | None = flag(None, "File for the results, as JSON.")
 
 
 @app.command()
-def instructions(
-    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; repeatable.  [default: all]")] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="2 or 4; repeatable.  [default: both]")] = None,
-    group: Annotated[list[int] | None, typer.Option(help="32 or 128; repeatable.  [default: both]")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def instructions(asked: Counted, printed: Printed) -> None:
     """Warp instructions per cached number of the GPU decode kernels, from machine code; needs no GPU.
 
     Beside it the budget: issue slots per number at the full bandwidth of an A100, H200 or B200.
@@ -80,8 +95,7 @@ def instructions(
     """
     from benchmarks import instructions as counted
 
-    chosen = {"arch": arch, "bits": bits, "group": group}
-    counted.run(**{k: v for k, v in chosen.items() if v}, out=out, as_json=json)
+    counted.run(**{name: value for name, value in vars(asked).items() if value}, as_json=printed.json)
 
 
 if __name__ == "__main__":

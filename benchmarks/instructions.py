@@ -9,8 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from benchmarks.sass import disassemble, main_loop
 from kvist.bench.table import machine, show, write
+from kvist.coding import Codec
+from kvist.kernels.contract import Decode, Exact, Stored
+from kvist.methods.parts import per_channel, per_token
 
 LANES = 128  # that a multiprocessor issues per clock
 
@@ -45,24 +51,38 @@ class Subject(NamedTuple):
 def _cuda(bits: int, group: int) -> Subject:
     from kvist.kernels.cuda.attend import Cell, compiled
 
-    made = Cell(bits, bits, group, group, max(64, group), 8, 4, 1, 1)
-    numbers = made.tuning.span * 256
-    return Subject("cuda", bits, group, numbers, "decode", lambda arch: compiled(made, arch, counted=True))
+    cell = Cell(KB=bits, VB=bits, KG=group, VG=group, PAGE=max(64, group), HEADS=8, ROWS=4, QUERIES=1, TYPE=1)
+    numbers = cell.tuning.span * 256
+    return Subject("cuda", bits, group, numbers, "decode", lambda arch: compiled(cell, arch, counted=True))
+
+
+def on_paper(key: Codec, value: Codec, heads: int = 8, dim: int = 128, rows: int = 4, page: int = 64) -> tuple:
+    """The arguments of a decode step (see STEP in `choose`, and the traits before them) as shapes and types alone."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def stored(codec: Codec) -> Stored:
+        specs = codec.layout(heads, dim, torch.bfloat16).items()
+        arrays = {name: empty(1, *spec.page_shape(heads, page), dtype=spec.dtype) for name, spec in specs}
+        return Stored(arrays, empty(1, 1, dtype=torch.int32), codec.constants(heads, torch.device("meta")))
+
+    exact = Exact(empty(1, heads, 4, dim), empty(1, heads, 128, dim), empty(1, heads, 0, dim))
+    call = Decode(empty(1, 8, dtype=torch.int32), empty(heads, dtype=torch.int32), page, dim**-0.5)
+    return key.traits, value.traits, empty(1, heads * rows, 1, dim), stored(key), stored(value), exact, exact, call
 
 
 def _triton(bits: int, group: int) -> Subject:
-    from kvist.kernels.contract import Traits
-    from kvist.kernels.triton.decode import FOLDED, compiled, form
+    from kvist.kernels.triton.ahead import compiled
+    from kvist.kernels.triton.attend import decode_kernel
+    from kvist.kernels.triton.decode import FOLDED, decode
 
-    sides = (
-        form(Traits("uniform", bits, along, group, False, "minmax"), 128, 8, max(64, group), 0, 0)
-        for along in ("tokens", "channels")
-    )
-    key, value = sides
+    call = on_paper(per_channel(bits, group), per_token(bits, group), page=max(64, group))
     numbers = FOLDED.tile * 256 // FOLDED.warps
     return Subject(
-        "triton", bits, group, numbers, "decode_kernel", lambda arch: compiled(arch, key, value, "bf16").asm["cubin"]
-    )
+        "triton", bits, group, numbers, "decode_kernel",
+        lambda arch: compiled(arch, decode_kernel, decode, *call)[0].asm["cubin"],
+    )  # fmt: skip
 
 
 def budget(chip: Chip, bits: int, group: int) -> float:

@@ -216,7 +216,7 @@ def cell(method: str, shape: Shape):
     if not choose(Operation.STEP, request).name.startswith("cuda"):
         return None
     none = torch.zeros(0, dtype=torch.int32)
-    return attend.cell(*request.sides, q, shape.heads, Decode(none, none, recipe.page, 1.0))
+    return attend.cell_of(*request.sides, q, shape.heads, Decode(none, none, recipe.page, 1.0))
 
 
 def compile_ahead(methods: Sequence[str], shapes: Sequence[Shape], device: torch.device) -> None:

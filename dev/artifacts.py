@@ -1,4 +1,4 @@
-"""Make the artefacts that come with the demo's models (src/kvist/demo/kvquant), and the page that is read to SmolLM2:
+"""Make the artefacts of the demo's models (src/kvist/demo/kvquant, references/kvquant), and the page read to SmolLM2:
 
     python dev/artifacts.py bundled | smollm2 | page
 
@@ -13,13 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kvist import text
 from kvist.artifact import Settings
-from kvist.calibrate import text
 from kvist.calibrate.run import observe, origin
 from kvist.calibrate.state import State
 from kvist.demo import chat
 from kvist.demo import documents as made
-from kvist.demo.model import BUNDLED, FITTED, load
+from kvist.demo.model import BUNDLED, artifact, load
 
 DOCS = Path(__file__).parents[1] / "docs"
 READ = ("start.md", "nouns.md")  # in the demo
@@ -38,9 +38,10 @@ def main(name: str) -> None:
     about = origin(source, text.digest(documents), 0, windows)
     with tempfile.TemporaryDirectory() as folder:
         seen = observe(model, windows, Settings(bits=3), State(Path(folder), "demo"), print)
-    shutil.rmtree(FITTED / name, ignore_errors=True)
     for bits in (2, 3, 4):
-        seen.fit(Settings(bits=bits), "auto", about).save(FITTED / name / str(bits))
+        folder = artifact(name, bits)
+        shutil.rmtree(folder, ignore_errors=True)
+        seen.fit(Settings(bits=bits), "auto", about).save(folder)
 
 
 def bundled(tokenizer) -> tuple[list[str], str]:

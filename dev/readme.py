@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import tables
+import measured
+import quality
+import speed
 import torch
 
 from kvist.methods import entry, get, names
@@ -45,7 +47,7 @@ def catalogue() -> str:
             ]
         )
     head = ["method", "paper", *(f"bits at {label}" for label in LENGTHS), "needs", "what it does"]
-    return tables.table(head, rows, "llrrll")
+    return measured.table(head, rows, "llrrll")
 
 
 def picture() -> str | None:
@@ -58,27 +60,27 @@ def picture() -> str | None:
 PARTS: dict[str, Callable[[], str | None]] = {
     "generated: catalogue": catalogue,
     "measured: picture": picture,
-    "measured: answers": tables.answers,
-    "measured: demo": tables.demo,
-    "measured: bundled": lambda: tables.demo(tables.BUNDLED),
-    "measured: decode": tables.decode,
-    "measured: decode-passive": lambda: tables.decode(tables.PASSIVE),
-    "measured: encode": tables.encode,
-    "measured: ablation": lambda: tables.ablation("simulated"),
-    "measured: stored": lambda: tables.ablation("stored"),
-    "measured: allocation": tables.allocation,
-    "measured: ranking": tables.ranking,
-    "measured: profiling": tables.profiling,
-    "measured: kvmix-window": tables.kvmix_window,
+    "measured: answers": quality.answers,
+    "measured: demo": quality.demo,
+    "measured: bundled": lambda: quality.demo(quality.BUNDLED),
+    "measured: decode": speed.decode,
+    "measured: decode-passive": lambda: speed.decode(speed.PASSIVE),
+    "measured: encode": speed.encode,
+    "measured: ablation": lambda: quality.ablation("simulated"),
+    "measured: stored": lambda: quality.ablation("stored"),
+    "measured: allocation": quality.allocation,
+    "measured: ranking": quality.ranking,
+    "measured: profiling": quality.profiling,
+    "measured: kvmix-window": quality.kvmix_window,
     **{
-        f"measured: throughput-{name}": lambda name=name: tables.throughput(name)
+        f"measured: throughput-{name}": lambda name=name: speed.throughput(name)
         for name in ("long", "kivi", "kvmix", "logquant")
     },
-    "measured: memory": tables.memory,
-    "measured: instructions": tables.instructions,
-    "measured: gpu": tables.gpu,
-    "measured: anatomy": tables.anatomy,
-    "measured: windows": lambda: tables.demo(tables.WINDOWS),
+    "measured: memory": speed.memory,
+    "measured: instructions": speed.instructions,
+    "measured: gpu": speed.gpu,
+    "measured: anatomy": quality.anatomy,
+    "measured: windows": lambda: quality.demo(quality.WINDOWS),
 }
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from kvist import text
 from kvist.allocation import Allocation, rules
 from kvist.atomic import replacing, write_json
-from kvist.calibrate import budget, text
+from kvist.calibrate import budget
 from kvist.calibrate.profile import SIDES, Profile, spearman
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Cell, Results, digest_of
 from kvist.evaluate.suite import summary
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.fidelity import Perplexity
 from kvist.evaluate.windows import Text
 from kvist.methods import get, parse
@@ -159,7 +160,7 @@ def measure(variant: str, data_dir: str) -> None:
         for recipes_, mode, count in ((stored, "stored", None), (alone, "simulated", ALONE)):
             contenders = [Contender(name, made) for name, made in recipes_.items()]
             task = Perplexity(Text(chosen.windows[:count], chosen.source, chosen.digest), mode)
-            run(task, Place.of(model, variant), contenders, results)
+            run(task, Subject.of(model, variant), contenders, results)
     (OUT / variant / "complete").touch()
 
 

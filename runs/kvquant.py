@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from kvist import text
 from kvist.artifact import Artifact, Fit, Settings
 from kvist.atomic import replacing
-from kvist.calibrate import tables, text
+from kvist.calibrate import tables
 from kvist.calibrate.run import Observed, observe, origin
 from kvist.calibrate.state import State
 from kvist.coding import Table
@@ -22,7 +23,7 @@ from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Cell, Results, digest_of
 from kvist.evaluate.suite import summary
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.fidelity import Perplexity
 from kvist.evaluate.windows import Text
 from kvist.methods import parse
@@ -138,7 +139,7 @@ def measure(variant: str, data_dir: str) -> None:
         for mode, recipes in (("simulated", simulated), ("stored", stored)):
             print(f"{variant}: {source}, {mode}", flush=True)
             contenders = [Contender(name, made) for name, made in recipes.items()]
-            run(Perplexity(chosen, mode), Place.of(model, variant), contenders, results)
+            run(Perplexity(chosen, mode), Subject.of(model, variant), contenders, results)
     with replacing(OUT / f"{variant}-facts.json") as scratch:
         scratch.write_text(json.dumps({name: _facts(made) for name, made in (simulated | stored).items()}))
 

@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 
+from kvist import text
 from kvist.atomic import replacing, write_json
 from kvist.bench.reports import Gates
-from kvist.calibrate import budget, text
+from kvist.calibrate import budget
 from kvist.calibrate.run import calibrate
 from kvist.calibrate.sensitivity import profile
 from kvist.demo.model import FOLDER
 from kvist.evaluate.contenders import Contender, contender, floors, parted
 from kvist.evaluate.results import Results
 from kvist.evaluate.statistics import difference
-from kvist.evaluate.task import Place, Task, run
+from kvist.evaluate.task import Subject, Task, run
 from kvist.evaluate.tasks.fidelity import Fidelity, Perplexity
 from kvist.evaluate.tasks.horizon import Horizon
 from kvist.evaluate.tasks.nuisance import Nuisance
@@ -173,7 +174,7 @@ def measure(name: str, stress: str, data_dir: str, full: bool) -> None:
     write_json(folder / "anatomy.json", seen)
     print("\n".join([f"{name} {stress}", *(f"  {sentence}" for sentence in sentences(seen))]), flush=True)
     every = contenders(model, tokenizer, folder, data_dir, full)
-    place = Place.of(rounded(model, torch.bfloat16), "none" if stress == "plain" else stress)
+    subject = Subject.of(rounded(model, torch.bfloat16), "none" if stress == "plain" else stress)
     results = Results(OUT / f"{name}-{stress}.jsonl")
     for task in tasks(tokenizer, data_dir, full):
         some = [each for each in every if each.recipe or not task.recipes_only]
@@ -183,7 +184,7 @@ def measure(name: str, stress: str, data_dir: str, full: bool) -> None:
         def tick(what: str, done: int, total: int) -> None:
             print(f"{name} {stress} {what}: {done} of {total}", end="\n" if done == total else "\r", flush=True)
 
-        run(task, place, some, results, tick=tick)
+        run(task, subject, some, results, tick=tick)
 
 
 def check(data_dir: str) -> None:

@@ -9,8 +9,8 @@ import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvist.calibrate.text import BLANK, WIDE, encode
 from kvist.evaluate import questions
+from kvist.text import BLANK, WIDE, encode
 
 # shares of sequences; text in the first stage makes the heads that look at the token before, which induction needs
 FIRST = {"text": 0.3, "repeats": 0.6, "tables": 0.1}

@@ -21,12 +21,12 @@ from variants import VARIANTS, build, chosen, config_of, parameters, read_json, 
 
 from kvist import __version__
 from kvist.atomic import write_json
-from kvist.calibrate.text import digest, sample, texts
 from kvist.cli.errors import Verbs
 from kvist.evaluate.questions import KINDS, score
 from kvist.evaluate.tasks.recall import Haystack, Recall
+from kvist.text import digest, sample, texts
 
-TOKENIZER = Path(__file__).parents[1] / "src/kvist/demo/kvist-6m"
+TOKENIZER = Path(__file__).parents[1] / "references/kvist-6m"
 LENGTHS, REST = (1000, 1900), 148  # tokens of contexts for recall; what is left for a question
 WINDOWS = 4  # of text, for the anatomy
 RECORD = "training.json"

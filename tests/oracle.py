@@ -78,6 +78,12 @@ class Stream:
         self.pinned: set[int] = set()
         self.at: list[int] = []  # the position that each token was rotated for
 
+    def twin(self) -> "Stream":
+        """A stream that goes its own way from here; tensors are replaced, never written."""
+        twin = copy.copy(self)
+        twin.pinned, twin.at = set(self.pinned), list(self.at)
+        return twin
+
     def behind(self) -> int:
         return max(0, self.raw.shape[1] - self.side.retention.sinks)
 
@@ -141,6 +147,12 @@ class Row:
         self.streams = [Stream(plan.key, keys[:, :0]), Stream(plan.value, values[:, :0])]
         self.real: list[bool] = []
         self.starts = [0]
+
+    def twin(self) -> "Row":
+        twin = copy.copy(self)
+        twin.streams = [stream.twin() for stream in self.streams]
+        twin.real, twin.starts = list(self.real), list(self.starts)
+        return twin
 
     def crop(self, slots: int) -> None:
         self.real = self.real[:slots]
@@ -234,12 +246,12 @@ class OracleLayer(CacheLayerMixin):
             self.updates = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.rows = [copy.deepcopy(self.rows[i]) for i in indices.tolist()] if self.rows else []
+        self.rows = [self.rows[i].twin() for i in indices.tolist()] if self.rows else []
 
     reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.rows = [copy.deepcopy(row) for row in self.rows for _ in range(repeats)]
+        self.rows = [row.twin() for row in self.rows for _ in range(repeats)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots + query_length, 0

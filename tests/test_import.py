@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,11 @@ def test_the_front_door_names_what_it_offers():
     assert fresh("import kvist; print(all(callable(getattr(kvist, name)) for name in kvist.__all__))") == "True\n"
     with pytest.raises(AttributeError, match="nothing"):
         kvist.nothing  # noqa: B018
+
+
+def test_the_wheel_is_light():
+    """What goes into the wheel, packed file by file as it packs them, is under half a megabyte."""
+    root = Path(kvist.__file__).parent
+    files = [path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 100
+    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 500_000

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 import kvist
@@ -106,7 +107,7 @@ def test_the_generator_sees_a_stale_catalogue(generator):
 
 
 def test_measured_tables_are_made_from_their_files(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator.tables, "ROOT", tmp_path)
+    monkeypatch.setattr(generator.measured, "ROOT", tmp_path)
     page = "<!-- measured: decode -->\nas it was\n<!-- /measured: decode -->\n"
     assert generator.render(page) == page
     (tmp_path / "runs").mkdir()
@@ -129,12 +130,12 @@ def test_the_demo_table_is_made_from_what_the_demo_writes(generator, tmp_path, m
     numbers = {"used_bits": 5.25, "bits_per_element": 6.0, "nbytes": 2048.0, "billed": {"8192": 5.0, "32768": 4.5}}
     result = Result("kivi:4", "a sentence", {}, **numbers, kl=0.125, agreement=0.5, right=3, asked=4, answer="Yes.\nNo")
     document = Document("text", (0, 5, 6), (), 2, Question("open", "Is it?", "", (7,), ()))
-    data = summary("smollm2", [document], [result], 0, ("fp32", "bf16"))
-    monkeypatch.setattr(generator.tables, "ROOT", tmp_path)
+    data = summary("smollm2", [document], [result], 0, (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(generator.measured, "ROOT", tmp_path)
     (tmp_path / "out" / "demo").mkdir(parents=True)
     (tmp_path / "out" / "demo" / "results.json").write_text(json.dumps(data))
-    assert "| `kivi:4` | 5.25 | 5.00 | 4.50 | 2 | 0.12 | 50.0% | 3 of 4 | 0.0 |" in generator.tables.demo()
-    assert generator.tables.answers() == "```text\nIs it?\n\nkivi:4  Yes.\n```"
+    assert "| `kivi:4` | 5.25 | 5.00 | 4.50 | 2 | 0.12 | 50.0% | 3 of 4 | 0.0 |" in generator.quality.demo()
+    assert generator.quality.answers() == "```text\nIs it?\n\nkivi:4  Yes.\n```"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -24,6 +24,11 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Tokens from such texts with commas between."""
+    return tuple(parse_count(each) for each in text.split(","))
+
+
 def parse_count(text: str) -> int:
     """Tokens from '131072', '128K' or '1M'; 1 K is 1024."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip(), re.IGNORECASE)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kvist.bench import generation, memory, throughput
 from kvist.bench.generation import Lengths, Racer, contenders, measure, prompts, speeds
+from kvist.bench.throughput import Race
 from kvist.cli.app import app
 from kvist.demo.model import FOLDER
 from kvist.methods import parse
@@ -65,7 +66,8 @@ def test_nothing_is_run_that_is_predicted_not_to_fit(peak, limit, monkeypatch, t
     monkeypatch.setattr(throughput, "measure", faked(lambda racer, batch: peak(batch) and int(peak(batch))))
     monkeypatch.setattr(memory, "free", lambda device: 1 << 40)
     methods = {"exact": parse("exact")}
-    report = throughput.run(tiny_llama(), methods, 40, 9, "tiny", limit=limit, most=4096, out=tmp_path / "t.json")
+    race = Race(Lengths(40, 9), limit, most=4096)
+    report = throughput.run(tiny_llama(), methods, "tiny", race, out=tmp_path / "t.json")
     for entry in report["largest"]:
         rows = [row for row in report["rows"] if row["contender"] == entry["contender"]]
         *ran, last = rows
@@ -89,7 +91,7 @@ def test_nothing_is_run_that_is_predicted_not_to_fit(peak, limit, monkeypatch, t
 def test_a_straight_line_is_followed_to_the_end(monkeypatch):
     monkeypatch.setattr(throughput, "measure", faked(lambda racer, batch: 20 * MIB + MIB * batch))
     monkeypatch.setattr(memory, "free", lambda device: 1 << 40)
-    report = throughput.run(tiny_llama(), {}, 40, 9, "tiny", limit=200 * MIB)
+    report = throughput.run(tiny_llama(), {}, "tiny", Race(Lengths(40, 9), 200 * MIB))
     assert {entry["measured"] for entry in report["largest"]} == {64}  # 128: 148 MiB, a tenth and 64 MiB more
     assert {entry["by the line through the peaks"] for entry in report["largest"]} == {180}
 
@@ -99,7 +101,7 @@ def test_memory_that_others_took_meanwhile_counts(monkeypatch):
     monkeypatch.setattr(throughput, "measure", faked(lambda racer, batch: 10 * MIB * batch))
     monkeypatch.setattr(memory, "free", lambda device: next(left, 15 * MIB))
     monkeypatch.setattr(throughput, "contenders", lambda *_: contenders(tiny_llama(), {}, LENGTHS)[:1])
-    report = throughput.run(tiny_llama(), {}, 40, 9, "tiny", limit=100 * MIB)
+    report = throughput.run(tiny_llama(), {}, "tiny", Race(Lengths(40, 9), 100 * MIB))
     assert [row["batch"] for row in report["rows"] if "tokens/s" in row] == [1]
 
 
@@ -180,7 +182,8 @@ def test_a_bill_predicts_a_packed_cache():
 
 def test_a_contender_that_fails_is_a_row_that_says_why(capsys, tmp_path):
     methods = {"kvquant:2": parse("kvquant:2"), "kivi:2": parse("kivi:2")}  # a table that nobody fitted
-    report = throughput.run(tiny_llama(), methods, 40, 3, "tiny", limit=150 * MIB, most=2, plot=tmp_path / "t.png")
+    race = Race(Lengths(40, 3), 150 * MIB, most=2)
+    report = throughput.run(tiny_llama(), methods, "tiny", race, plot=tmp_path / "t.png")
     failed = [row for row in report["rows"] if "failed" in row]
     assert [(row["contender"], row["batch"]) for row in failed] == [("kvist kvquant:2", 1)]
     assert failed[0]["failed"].startswith("ValueError: kvquant needs")
@@ -198,7 +201,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(throughput, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        throughput.run(tiny_llama(), {}, 40, 9, "tiny", limit=90 * MIB, out=tmp_path / "t.json")
+        throughput.run(tiny_llama(), {}, "tiny", Race(Lengths(40, 9), 90 * MIB), out=tmp_path / "t.json")
     kept = json.loads((tmp_path / "t.json").read_text())
     assert kept["interrupted"] and [row["batch"] for row in kept["rows"]] == [1, 1, 1, 2, 2, 2]
     assert {entry["measured"] for entry in kept["largest"]} == {2}

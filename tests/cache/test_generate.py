@@ -59,7 +59,7 @@ def test_num_return_sequences(text):
 @pytest.mark.parametrize("text", CASES)
 def test_beam_search(text):
     inputs = padded([120, 101])
-    run = generating(inputs, NEW, num_beams=3, num_return_sequences=2)
+    run = generating(inputs, 25, num_beams=3, num_return_sequences=2)
     compare(run, recipe(text), *WAYS, mask=inputs["attention_mask"])
 
 

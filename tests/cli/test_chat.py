@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from kvist.cli.app import app
 from kvist.cli.generate import Session
+from kvist.cli.options import Generation
 from kvist.demo.model import FOLDER
 from kvist.methods import parse
 
@@ -33,7 +34,7 @@ def model(tokenizer):
 
 
 def session(model, tokenizer) -> Session:
-    return Session(model, tokenizer, parse("kivi:4"), 0, None, None, 8192, {"do_sample": False}, 0)
+    return Session(model, tokenizer, parse("kivi:4"), Generation(greedy=True, max_new_tokens=12))
 
 
 def test_an_answer_that_the_template_rewrites(model, tokenizer, tmp_path):
@@ -50,7 +51,7 @@ def test_a_turn_that_is_interrupted(model, tokenizer, template, monkeypatch):
     """The next turn is answered as if the conversation had been read from its beginning."""
     monkeypatch.setattr(tokenizer, "chat_template", SHORTENED if template else None)
     turns, talk = [{"role": "user", "content": "Hello there, how are you today?"}], session(model, tokenizer)
-    talk.write(talk.turn(turns), 12, stream=False)
+    talk.write(talk.turn(turns), stream=False)
     turns += [{"role": "assistant", "content": talk.text}, {"role": "user", "content": "Tell me more."}]
 
     def stop(*_):
@@ -58,7 +59,7 @@ def test_a_turn_that_is_interrupted(model, tokenizer, template, monkeypatch):
 
     hook = model.model.layers[1].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        talk.write(talk.turn(turns), 12, stream=False)
+        talk.write(talk.turn(turns), stream=False)
     hook.remove()
     talk.interrupted()
     turns += [{"role": "assistant", "content": talk.text}, {"role": "user", "content": "And then?"}]
@@ -66,7 +67,7 @@ def test_a_turn_that_is_interrupted(model, tokenizer, template, monkeypatch):
     assert talk.cache.get_seq_length() == 0
     fresh = session(model, tokenizer)
     for one in (talk, fresh):
-        one.write(ids, 12, stream=False)
+        one.write(ids, stream=False)
     assert talk.text == fresh.text and talk.stored == fresh.stored
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] if template else None
     said = tokenizer.decode(ids)

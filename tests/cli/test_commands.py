@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import kvist
 from kvist.cli.app import app
-from kvist.demo.model import FITTED, FOLDER
+from kvist.demo.model import FOLDER, artifact
 from kvist.methods import names, parse
 
 
@@ -175,7 +175,7 @@ def test_inspect_says_what_a_gpu_would_run_and_why_not(folder):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_inspect_of_what_was_fitted_to_the_bundled_model(bits, folder):
-    method = f"kvquant artifact={FITTED / 'bundled' / str(bits)}"
+    method = f"kvquant artifact={artifact('bundled', bits)}"
     (found,) = data("inspect", str(FOLDER), "-m", method)["methods"]
     assert found["needs"] == [] and found["fitted_to"] == "kvist-6m" and found["tables"] == {"all": 12, "on_grid": 12}
     shape = kvist.Cache(LlamaForCausalLM.from_pretrained(FOLDER), method).describes.shape

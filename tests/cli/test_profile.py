@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from kvist import text
 from kvist.allocation import Allocation
-from kvist.calibrate import text
 from kvist.calibrate.profile import Profile
 from kvist.cli.app import app
 from kvist.demo.model import FOLDER

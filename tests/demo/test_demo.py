@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import kvist
 from kvist.cli.app import app
-from kvist.demo import chat, documents, measure, sample
+from kvist.demo import chat, documents, measure
 from kvist.demo.model import FOLDER, load
 from kvist.methods import parse
 from kvist.models.adapter import describe
@@ -49,7 +49,7 @@ def test_documents_hold_their_answers_and_are_made_from_the_seed(bundled):
 
 def test_text_between_facts_cannot_be_taken_for_one():
     for sentence in documents._filler():
-        assert not sample.FORBIDDEN.search(sentence)
+        assert not documents.FORBIDDEN.search(sentence)
 
 
 def few(document, count: int):
@@ -229,3 +229,9 @@ def test_rows_of_unequal_state_are_packed_one_by_one(bundled):
         fetched = [layer.key.states[-1].frontier for layer in pair]
         assert fetched[0] == fetched[1] == 200
     assert [layer.key.states[0].frontier for layer in both.ours] == [130] * 6
+
+
+def test_an_installation_without_the_repository_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("kvist.demo.model.FOLDER", tmp_path / "references" / "kvist-6m")
+    with pytest.raises(ValueError, match="comes with a clone of kvist's repository"):
+        load()

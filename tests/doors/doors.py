@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS), str(TESTS / "calibrate"), str(TESTS / "report"), str(TESTS / "doors")]
+sys.path += [str(TESTS), str(TESTS / "calibrate"), str(TESTS / "report"), str(TESTS / "doors"), str(TESTS / "families")]
 
 import mutate  # noqa: E402
 import quantizers  # noqa: E402
 import rows  # noqa: E402
+import shrink  # noqa: E402
 from artifacts import made  # noqa: E402
 from models_tiny import tiny_llama, tokens  # noqa: E402
 
@@ -60,9 +61,9 @@ def code(recipe: Recipe) -> None:
     go_on(kvist.Cache(model, recipe), 140)
 
 
-def go_on(cache, length: int = 1) -> None:
+def go_on(cache, length: int = 1, model=None) -> None:
     """More tokens into a cache, then one that reads them packed; and its report."""
-    model, batch = tiny_llama(), max(1, cache.rows.batch)
+    model, batch = model or tiny_llama(), max(1, cache.rows.batch)
     with torch.no_grad(), kvist.attach(model):
         for count in (length, 1):
             mask = torch.zeros(batch, cache.rows.slots + count, dtype=torch.long)
@@ -76,14 +77,19 @@ def go_on(cache, length: int = 1) -> None:
     cache.close()
 
 
-def saved(method: str, batch: int = 1, length: int = 183, crop: int = 0) -> Callable[[Path], None]:
+def built(family: str | None):
+    """A tiny model: a family that has layers of transformers' own cache beside ours, or a Llama."""
+    return shrink.tiny(family) if family else tiny_llama()
+
+
+def saved(method: str, batch=1, length=183, crop=0, family: str | None = None) -> Callable[[Path], None]:
     """A cache of a batch, its first row padded on the left, cropped and grown again where told."""
 
     def make(path: Path) -> None:
         folder = path.parent / "fitted"
         if not folder.exists():
             made(outliers=0.1).save(folder)
-        model = tiny_llama()
+        model = built(family)
         cache = kvist.Cache(model, method.format(folder))
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[0, : 20 * (batch - 1)] = 0
@@ -209,8 +215,12 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-def cache_door(*how, **more) -> Door:
-    return Door(saved(*how, **more), change_cache, lambda path: go_on(kvist.Cache.load(path, tiny_llama())))
+def cache_door(method: str, **how) -> Door:
+    def use(path: Path) -> None:
+        model = built(how.get("family"))
+        go_on(kvist.Cache.load(path, model), model=model)
+
+    return Door(saved(method, **how), change_cache, use)
 
 
 def recipe_door(method: str) -> Door:
@@ -241,6 +251,9 @@ DOORS = {
     "sparse.cache": cache_door("logquant window=32", batch=2),
     "fitted.cache": cache_door("kvquant artifact={}", batch=2),
     "exact.cache": cache_door("exact", length=40),
+    "window.cache": cache_door("int4", batch=2, length=40, family="gemma3_text"),
+    "conv.cache": cache_door("int4", length=40, family="lfm2"),
+    "state.cache": cache_door("int4", length=40, family="jamba"),
     "results.jsonl": Door(
         write_results,
         change_results,

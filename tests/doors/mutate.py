@@ -101,7 +101,8 @@ def tensors(found: dict[str, Tensor], draw: random.Random) -> dict[str, Tensor]:
             extreme = draw.choice((0, 255, 127, -1) if not old.is_floating_point() else (1e4, float("nan"), torch.inf))
             found[name] = torch.full_like(old, extreme if old.dtype != torch.uint8 else abs(extreme))
         elif how == 4:
-            found[name] = draw.choice((old.flatten(), old[..., :0], old.unsqueeze(0), old[:1])).clone()
+            shapes = old.flatten(), old.flatten()[:0], old.unsqueeze(0), old[:1] if old.dim() else old
+            found[name] = draw.choice(shapes).clone()
         elif how == 5:
             kinds = (torch.float64, torch.uint8, torch.int64, torch.bool)
             found[name] = old.nan_to_num().to(draw.choice(kinds)) if old.is_floating_point() else old.double()

@@ -10,7 +10,7 @@ import torch
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Results
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.gsm8k import GSM8K, rescored
 from kvist.methods import parse
 
@@ -80,7 +80,7 @@ def test_answers_and_scores_are_lm_evals(bundled, folder, theirs, tmp_path):
     model, tokenizer = bundled
     task = GSM8K(tokenizer, 2048, folder, limit=2)
     results = Results(tmp_path / "results.jsonl")
-    [cell] = run(task, Place.of(model), [Contender("exact", parse("exact"))], results)
+    [cell] = run(task, Subject.of(model), [Contender("exact", parse("exact"))], results)
     for filter_, name in (("strict-match", "strict"), ("flexible-extract", "flexible")):
         samples = [each for each in theirs["samples"]["gsm8k"] if each["filter"] == filter_]
         assert cell.values["prediction"] == [each["resps"][0][0] for each in samples]
@@ -187,7 +187,7 @@ def test_padding_and_two_bits(bundled, folder, monkeypatch):
     model, tokenizer = bundled
     together, alone = (GSM8K(tokenizer, 2048, folder, limit=2, shots=2, batch=batch) for batch in (2, 1))
     chosen = [Contender(text, parse(text)) for text in ("exact", "kivi k=2 v=2 group=32 recent=32")]
-    cells = [run(task, Place.of(model), chosen, Results()) for task in (together, alone)]
+    cells = [run(task, Subject.of(model), chosen, Results()) for task in (together, alone)]
     assert cells[0][0].values["prediction"] == cells[1][0].values["prediction"]
     assert cells[0][1].values["prediction"] == cells[1][1].values["prediction"]
     assert cells[0][0].values["prediction"] != cells[0][1].values["prediction"]

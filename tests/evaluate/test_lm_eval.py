@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Results
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks import harness
 from kvist.methods import parse
 
@@ -171,7 +171,7 @@ def test_in_our_runner(bundled, folder, likelihoods, tmp_path):
     assert [task.name for task in made] == ["lm-eval:birds", "lm-eval:lines"]
     contenders = [Contender(text, parse(text)) for text in ("exact", "int4")]
     results = Results(tmp_path / "results.jsonl")
-    cells = [run(task, Place.of(model), contenders, results) for task in made]
+    cells = [run(task, Subject.of(model), contenders, results) for task in made]
     for contender, *found in zip(("exact", "int4"), *cells, strict=True):
         theirs, whole = likelihoods("kvist", method=contender, mode="simulated", batch_size=1)
         ours = [r for cell in found for requests in cell.values["response"] for r in requests]
@@ -186,7 +186,7 @@ def test_in_our_runner(bundled, folder, likelihoods, tmp_path):
     again = Results(tmp_path / "results.jsonl")
     only = harness.tasks(["birds"], tokenizer, folder, mode="simulated", limit=3)[0]
     assert only.count == 3
-    run(only, Place.of(model), contenders, again)
+    run(only, Subject.of(model), contenders, again)
     assert sum(map(len, again.rows.values())) == sum(map(len, results.rows.values())), "measured twice"
 
 

@@ -9,7 +9,7 @@ import torch
 from kvist.demo.model import load
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.results import Results
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.longbench import PLAIN, LongBench, datasets, rescored
 from kvist.methods import parse
 
@@ -126,7 +126,7 @@ def test_in_our_runner(bundled, folder, tmp_path):
     task = LongBench("hotpotqa", tokenizer, 400, folder("hotpotqa", document(), document(context=STORY * 40)))
     chosen = [Contender(text, parse(text)) for text in ("exact", "kivi k=2 v=2 group=32 recent=32")]
     results = Results(tmp_path / "results.jsonl")
-    exact, coded = run(task, Place.of(model), chosen, results)
+    exact, coded = run(task, Subject.of(model), chosen, results)
     for number, said in enumerate(exact.values["prediction"]):
         prompt = task.item(number)
         ids = torch.tensor([prompt.context + prompt.question])

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models_tiny import tiny_llama, tokens
 
-from kvist.calibrate.text import encode
 from kvist.demo.documents import documents
 from kvist.demo.model import load
 from kvist.evaluate import questions
@@ -18,10 +17,11 @@ from kvist.evaluate.generation import Prompt, generate
 from kvist.evaluate.measures import grid
 from kvist.evaluate.questions import KINDS, draw
 from kvist.evaluate.results import Results
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.recall import Haystack, Recall, plant, rescored
 from kvist.methods import parse
 from kvist.models.adapter import describe
+from kvist.text import encode
 
 EXACT = [contender("exact")]
 
@@ -113,7 +113,7 @@ def test_the_bundled_model_finds_a_needle(bundled, hay):
     model, tokenizer = bundled
     for kind, text in (("needle", hay), ("passkey", Haystack.noise())):
         task = Recall(kind, tokenizer, text, (300, 480), (0.2, 0.8), samples=1, batch=4)
-        (cell,) = run(task, Place.of(model), EXACT, Results())
+        (cell,) = run(task, Subject.of(model), EXACT, Results())
         assert sum(cell.values["score"]) >= 3 and cell.values["length"] == [300, 300, 480, 480]
         assert rescored({}, cell.values) == cell.values
         lengths, depths, scores = grid(cell.values)

@@ -16,7 +16,7 @@ from models_tiny import tiny_llama, tokens
 from kvist.evaluate.contenders import contender, floors
 from kvist.evaluate.results import Cell, Results, Row, cell_of, described, digest_of
 from kvist.evaluate.suite import summary
-from kvist.evaluate.task import Measured, Place, run, spread
+from kvist.evaluate.task import Measured, Subject, run, spread
 from kvist.evaluate.tasks.fidelity import Perplexity
 from kvist.evaluate.windows import Text
 from kvist.methods import parse
@@ -45,7 +45,7 @@ class Counted:
 
 def measured(results, methods=METHODS, mode="stored", text=TEXT, model=None, items=None, stress="none", **options):
     task = Perplexity(text, mode, **options)
-    return run(task, Place.of(model or tiny_llama(), stress), [contender(each) for each in methods], results, items)
+    return run(task, Subject.of(model or tiny_llama(), stress), [contender(each) for each in methods], results, items)
 
 
 def kls(cells) -> list:
@@ -54,8 +54,8 @@ def kls(cells) -> list:
 
 def test_a_second_run_measures_nothing(tmp_path):
     file, told = tmp_path / "rows.jsonl", []
-    place, some = Place.of(tiny_llama()), [contender(each) for each in METHODS]
-    first = run(Perplexity(TEXT), place, some, Results(file), tick=lambda *at: told.append(at))
+    subject, some = Subject.of(tiny_llama()), [contender(each) for each in METHODS]
+    first = run(Perplexity(TEXT), subject, some, Results(file), tick=lambda *at: told.append(at))
     assert told == [("ppl", n, 6) for n in range(7)] and len(file.read_text().splitlines()) == 6
     with Counted(tiny_llama()) as counted:
         assert kls(measured(Results(file))) == kls(first) and counted.forwards == 0
@@ -154,14 +154,14 @@ def test_another_precision_is_another_cell():
 
 
 def test_a_contender_that_does_not_suit_is_refused_before_any_work():
-    place = Place.of(tiny_llama())
+    subject = Subject.of(tiny_llama())
     for others, words in (
         (floors(torch.float32), "ppl needs a recipe, and floor: bfloat16 is none"),
         ([contender("kvmix k=2,3,4 v=2,3,4")], "3 layers"),
         ([contender("kvquant")], "needs"),
     ):
         with Counted(tiny_llama()) as counted, pytest.raises(ValueError, match=words):
-            run(Perplexity(TEXT), place, [contender("exact"), *others], Results())
+            run(Perplexity(TEXT), subject, [contender("exact"), *others], Results())
         assert counted.forwards == 0
 
 
@@ -188,13 +188,13 @@ class Kinds:
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 14))
 def test_items_of_different_kin_never_share_a_batch(kinds, batch, limit):
-    task, place, exact, results = Kinds(kinds, batch), Place.of(tiny_llama()), [contender("exact")], Results()
+    task, subject, exact, results = Kinds(kinds, batch), Subject.of(tiny_llama()), [contender("exact")], Results()
     some = spread(task, limit)
     assert len(some) == min(limit, len(kinds)) and some[0] == 0 and some[-1] < len(kinds)
     assert max((b - a for a, b in pairwise(some)), default=0) <= -(-len(kinds) // len(some))
-    (part,) = run(task, place, exact, results, some)
+    (part,) = run(task, subject, exact, results, some)
     assert part.items == some and part.bits == pytest.approx(4 + sum(kinds[i] for i in some) / len(some))
-    (whole,) = run(task, place, exact, results)
+    (whole,) = run(task, subject, exact, results)
     assert sorted(i for items in task.together for i in items) == list(range(len(kinds)))
     assert all(len(items) <= batch and len({kinds[i] for i in items}) == 1 for items in task.together)
     assert whole.values["score"] == kinds and whole.among(some).bits == part.bits

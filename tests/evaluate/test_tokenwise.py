@@ -210,7 +210,7 @@ def test_batches_give_the_same_scores():
 
 def test_compared_by_hand(monkeypatch):
     # p = (1/4, 3/4), q = (1/2, 1/2), and the second token came
-    known = tokenwise.Exact(
+    known = tokenwise.Reference(
         torch.tensor([[0, 1]]), torch.ones(1, 2).long(), 0, [], torch.tensor([[[0.0, 3.0]] * 2]).log1p()
     )
     first = torch.tensor([[[0.0, torch.tensor(3.0).log()]] * 2])
@@ -218,7 +218,7 @@ def test_compared_by_hand(monkeypatch):
     assert found.nll.item() == pytest.approx(0.693147, abs=1e-5) and not found.same.item()
     assert found.kl.item() == pytest.approx(-0.25 * 0.693147 + 0.75 * 0.405465, abs=1e-5)
     ids, first, other = tokens(2, 30), torch.randn(2, 30, 101), torch.randn(2, 30, 101)
-    known = tokenwise.Exact(ids, torch.ones_like(ids), 0, [], first)
+    known = tokenwise.Reference(ids, torch.ones_like(ids), 0, [], first)
     for chunk in (1, 300, 1 << 19):
         monkeypatch.setattr(tokenwise, "CHUNK", chunk)
         same(compared(known, other, 0), plain(ids, first, other), 1e-5)

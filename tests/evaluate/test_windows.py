@@ -12,7 +12,7 @@ import kvist
 from kvist.evaluate.contenders import Contender, bits, contender
 from kvist.evaluate.registry import kind_of
 from kvist.evaluate.results import Results
-from kvist.evaluate.task import Place, run
+from kvist.evaluate.task import Subject, run
 from kvist.evaluate.tasks.fidelity import Fidelity, among, counts, quantile
 from kvist.evaluate.tasks.horizon import Horizon, slopes
 from kvist.evaluate.tasks.nuisance import FACTORS, Nuisance
@@ -27,7 +27,7 @@ EXACT, KIVI = contender("exact"), contender("kivi:2 recent=32")
 
 
 def measured(task, *contenders: Contender):
-    return run(task, Place.of(tiny_llama()), contenders, Results())
+    return run(task, Subject.of(tiny_llama()), contenders, Results())
 
 
 @given(st.integers(0, 1000), st.sampled_from([0.01, 0.5, 0.9, 0.999]), st.floats(0.3, 3))

@@ -71,7 +71,7 @@ def attended(build, layer, q, blocks=5, bulk=1, backward=False, **options):
     key, value = layer.tracks
     call = Decode(step.state(layer, [0] * len(q)), step.counters(layer, q.shape[1], q.shape[2]), layer.page, scale)
     call = call._replace(**options)
-    cell = attend_cuda.cell(key.codec.traits, value.codec.traits, q, HEADS, call)
+    cell = attend_cuda.cell_of(key.codec.traits, value.codec.traits, q, HEADS, call)
     assert choose(Operation.STEP, replace(layer.request, device="cuda")).name == "cuda.attend.decode"
     sides = *step.stored(layer), step.exact(key), step.exact(value)
     argument, out, _alive = attend_cuda.prepared(cell, q, *sides, call, blocks)

@@ -13,6 +13,7 @@ from kvist.cache.view import View
 from kvist.kernels.contract import Decode
 from kvist.kernels.triton import decode as decode_triton
 from kvist.kernels.triton import unpack as unpack_triton
+from kvist.kernels.triton.ahead import compiled
 from kvist.methods import parse
 from kvist.methods.parts import per_channel
 from kvist.testing.cases import CASES, recipe
@@ -195,18 +196,28 @@ def test_what_the_kernel_cannot_serve_is_left_to_the_parts(monkeypatch):
     assert View.after(layer)._step(torch.randn(1, 2, 1, 32), 1.0, None, None) is None
 
 
+def test_nothing_is_compiled_ahead_where_nothing_is_compiled():
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compiled(90, decode_triton.decode_kernel, decode_triton.decode)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_it_compiles_for_gpus(arch):
     program = f"""
-from kvist.kernels.contract import Traits
-from kvist.kernels.triton.decode import compiled, form
-uniform = Traits("uniform", 2, "tokens", 32, False, "minmax"), Traits("uniform", 4, "channels", 32, False, "minmax")
-table = Traits("table", 3, "channels", 0, False, "fixed", True, "largest", "half")
-for key, value in (uniform, (table, uniform[1])):
-    sides = form(key, 128, 8, 64, 12, 64), form(value, 128, 8, 64, 0, 0)
-    made = compiled({arch}, *sides, dtype="bf16")
-    assert "mma.sync" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
-    if sides[0].folded:
-        assert "0x00030003" in made.asm["ptx"] or "196611" in made.asm["ptx"]
+from benchmarks.instructions import on_paper
+from kvist.kernels.triton.ahead import compiled
+from kvist.kernels.triton.attend import decode_kernel
+from kvist.kernels.triton.decode import decode
+from kvist.methods import parse
+from kvist.methods.parts import per_channel, per_token
+from kvist.testing.stand_in import stand_in
+calibrated = stand_in(parse("kvquant:3"), 8, 128).layers[0]
+for folded, call in (
+    (True, on_paper(per_channel(2, 32), per_token(4, 32))),
+    (False, on_paper(calibrated.key.codec, calibrated.value.codec)),
+):
+    (kernel,) = compiled({arch}, decode_kernel, decode, *call)
+    assert "mma.sync" in kernel.asm["ptx"] and len(kernel.asm["cubin"]) > 1000
+    assert not folded or "0x00030003" in kernel.asm["ptx"] or "196611" in kernel.asm["ptx"]
 """
     subprocess.run([sys.executable, "-c", program], check=True)

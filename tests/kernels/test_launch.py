@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,43 +15,21 @@ import json, sys
 from dataclasses import replace
 import torch
 from kvist.testing.cases import recipe
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-
-class Launcher:
-    def __init__(self, *args):
-        pass
-
-    def __call__(self, *args):
-        launched.append(len(args))
-
-
-class Driver:
-    launcher_cls = Launcher
-
-    class utils:
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132})
-        load_binary = staticmethod(lambda *args: (None, None, 0, 0, 1024))
-
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 0)
-
-
-launched = []
-driver.set_active(Driver())
 from kvist.cache import step
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.cache.view import View
-from kvist.kernels.triton import codec as codec_triton
-from kvist.kernels.triton import decode as decode_triton
-from kvist.kernels.triton import step as step_triton
+from kvist.kernels.triton.ahead import absent
+from kvist.kernels.triton.attend import decode_kernel
+from kvist.kernels.triton.decode import decode
+from kvist.kernels.triton.step import step as advance, step_kernel
 from kvist.kernels.choose import choose
 from kvist.kernels.contract import Decode, Operation
 
-counts = []
+launched, counts, gpu = [], [], absent(90)
+for kernel in (decode_kernel, step_kernel):
+    kernel.add_pre_run_hook(lambda *args, **options: launched.append(args))
+gpu.__enter__()
 for text, dtype in json.loads(sys.argv[1]):
     made, rows = recipe(text, 64, prefill="stored"), Rows()
     layer = Layer(made.layers[0], made.page, "stored", 0, rows)
@@ -67,13 +44,13 @@ for text, dtype in json.loads(sys.argv[1]):
         numbers = step.state(layer, origins), step.counters(layer, 6, 1), layer.page, 0.125, None
         call = Decode(*numbers, view.skip, step.pinned(layer))
         sides = step.stored(layer)
-        decode_triton.decode(*traits, q, *sides, step.exact(key), step.exact(value), call)
+        decode(*traits, q, *sides, step.exact(key), step.exact(value), call)
         if choose(Operation.STORE, replace(layer.request, interpreted=True)).run:
             x, state = torch.randn(2, 2, 1, 64).to(q.dtype), torch.zeros(2, 6, dtype=torch.int32)
             rings, pools = (key.exact.ring, value.exact.ring), (key.pool.arrays, value.pool.arrays)
             tables, constants = tuple(s.table for s in sides), tuple(s.constants for s in sides)
-            step_triton.step(*traits, x, x, rings, pools, tables, constants, state, layer.page, (64, 64))
-        counts.append(len(decode_triton.decode_kernel.device_caches[0][0]))
+            advance(*traits, x, x, rings, pools, tables, constants, state, layer.page, (64, 64))
+        counts.append([len(kernel.device_caches["sm_90"][0]) for kernel in (decode_kernel, step_kernel)])
 print(json.dumps({"launched": len(launched), "variants": counts}))
 """
 
@@ -81,11 +58,9 @@ print(json.dumps({"launched": len(launched), "variants": counts}))
 def test_arguments_bind_and_nothing_is_compiled_twice():
     pytest.importorskip("triton")
     settings = [["kivi:2 recent=32", "float16"], ["logquant window=32 sinks=2", "bfloat16"], ["kvquant:3", "float16"]]
-    here = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(here)}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     answer = json.loads(found.stdout.splitlines()[-1])
     assert answer["launched"] == 4 * 3 + 4 * 2
-    assert answer["variants"] == [1] * 4 + [2] * 4 + [3] * 4
+    assert answer["variants"] == [[1, 1]] * 4 + [[2, 2]] * 4 + [[3, 2]] * 4  # attending, and writing a token

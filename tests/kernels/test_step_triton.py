@@ -136,39 +136,62 @@ def test_what_it_does_not_serve_is_named():
 
 
 PROGRAM = """
-from kvist.kernels.contract import Traits
-from kvist.kernels.triton.codec import compile_encoder, decode_kernel, pages_kernel, rotate_kernel
-from kvist.kernels.triton.coding import coding, compiled, kinds, warps
-from kvist.kernels.triton.outliers import find_kernel, restore_kernel
-from kvist.kernels.triton.step import compile_step
+from dataclasses import replace
+import torch
+from kvist.kernels.contract import Constants, Traits
+from kvist.kernels.triton.ahead import compiled
+from kvist.kernels.triton.codec import decode, decode_kernel, encode, encode_kernel, encode_pages, rotate, rotate_kernel
+from kvist.kernels.triton.outliers import find_kernel
+from kvist.kernels.triton.step import step, step_kernel
+
+def empty(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def numbers(t, dim):
+    points = [empty(2**t.bits, dtype=torch.float32)] * 2 if t.levels == "table" else [None] * 2
+    fixed = [empty(4, dim, dtype=torch.float32)] * 2 if t.range == "fixed" else [None] * 2
+    return Constants(*points, *fixed, None, 1.0)
+
+def pool(t, dim):
+    codes = {"codes": empty(1, 4, 128, dim * t.bits // 8, dtype=torch.uint8)}
+    codes = {"values": empty(1, 4, 128, dim)} if t.levels == "raw" else codes
+    return codes | {"scale": empty(1), "offset": empty(1)} if t.range == "minmax" else codes
+
+def there_and_back(t, x, slots):
+    arrays = encode(t, x, numbers(t, x.shape[-1]), slots, turn=True)
+    arrays.pop("clipped", None)
+    decode(t, arrays, numbers(t, x.shape[-1]))
+
+def written(dim, *sides):
+    one, rings = empty(1, 4, 1, dim), (empty(1, 4, 160, dim),) * 2
+    tables, state = (empty(1, 8, dtype=torch.int32),) * 2, empty(1, 6, dtype=torch.int32)
+    pools, constants = tuple(pool(t, dim) for t in sides), tuple(numbers(t, dim) for t in sides)
+    step(*sides, one, one, rings, pools, tables, constants, state, 128, (128, 128))
 
 key, value = Traits("uniform", 2, "tokens", 128, False, "minmax"), Traits("uniform", 3, "channels", 32, False, "minmax")
 turned = Traits("uniform", 4, "channels", 0, False, "minmax", hadamard=True)
-fixed = Traits("table", 4, "channels", 0, False, "fixed", True, "largest")
-across = Traits("table", 3, "channels", 0, True, "minmax", True, "sides")
+fixed, across = Traits("table", 4, "channels", 0, False, "fixed"), Traits("table", 3, "channels", 0, True, "minmax")
 raw = Traits("raw", 16, "channels", 0, False, "minmax")
 for arch in (80, 90, 100):
-    for traits, dim in ((key, 128), (value, 96), (turned, 80), (fixed, 64), (across, 128)):
-        c = coding(traits, dim, 4, 1 << 20, turn=True)
-        made = compile_encoder(arch, c)
-        assert made.asm["cubin"] and made.metadata.shared <= 99 << 10, (arch, traits)
-        if arch == 90:
-            compiled(decode_kernel, arch, {"P": kinds(True), "out": "*fp32"}, {"C": c}, warps(c))
-    sides = [coding(t, 128, 4, 32, turn=True) for t in (key, value, turned, raw)]
-    assert compile_step(arch, *sides[:2]).asm["cubin"] and compile_step(arch, *sides[2:]).asm["cubin"]
-    assert compile_step(arch, *(coding(t, 96, 4, 1)._replace(outliers=False) for t in (fixed, across))).asm["cubin"]
-types = {"P": kinds(True), "source": "*fp16", "table": "*i32", "starts": "*i32"}
-c = coding(key, 128, 4, 1 << 20)
-assert compiled(pages_kernel, 90, types, {"PAGE": 128, "C": c}, warps(c)).asm["cubin"]
-c = coding(turned, 80, 1, 1 << 20)._replace(hadamard=16)
-compiled(rotate_kernel, 90, {"x": "*fp32", "out": "*fp32"}, {"C": c}, warps(c))
-stored = {"outlier": "*fp16", "channel": "*u8", "ends": "*u8"}
-floats = dict.fromkeys(("x", "fixed_scale", "fixed_offset"), "*fp32")
-sizes = dict(HEADS=8, DIM=128, SLOTS=12)
-found = compiled(
-    find_kernel, 90, stored | floats | {"escaped": "*u8"}, dict(sizes, FIXED=True, LARGEST=False, T=1, N=1024), 2
-)
-assert found.asm["cubin"] and compiled(restore_kernel, 90, stored | {"out": "*fp32"}, dict(sizes, S=16), 1).asm["cubin"]
+    for t, dim, rank in (
+        (key, 128, ""), (value, 96, ""), (turned, 80, ""), (fixed, 64, "largest"), (across, 128, "sides")
+    ):
+        t = replace(t, outliers=bool(rank), rank=rank)
+        given = there_and_back, t, empty(1, 4, 4096, dim), 12 * t.outliers
+        for kernel in (encode_kernel, decode_kernel, *[find_kernel] * t.outliers):
+            (made,) = compiled(arch, kernel, *given)
+            assert made.asm["cubin"] and made.metadata.shared <= 99 << 10, (arch, t)
+    for dim, *sides in ((128, key, value), (128, turned, raw), (96, fixed, across)):
+        assert compiled(arch, step_kernel, written, dim, *sides)[0].asm["cubin"]
+    pages = key, empty(1, 4, 256, 128), pool(key, 128), empty(1, 8, dtype=torch.int32), empty(1, dtype=torch.int32)
+    assert compiled(arch, encode_kernel, encode_pages, *pages, numbers(key, 128), 128)[0].asm["cubin"]
+    assert compiled(arch, rotate_kernel, rotate, empty(1, 4, 256, 80), 16)[0].asm["cubin"]
+def of_any_length():
+    for tokens in (4096, 4128, 4096 + 16 * 41):
+        there_and_back(value, empty(1, 4, tokens, 96), 0)
+
+for kernel in (encode_kernel, decode_kernel):
+    assert len(compiled(90, kernel, of_any_length)) == 1
 print("compiled")
 """
 

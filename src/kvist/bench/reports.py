@@ -90,7 +90,7 @@ class Gate(Columns):
     found: str
 
 
-class Look(NamedTuple):
+class Drawing(NamedTuple):
     """How results are drawn: a column per size, in these words; the unit; whether less is better; what a dot is."""
 
     size: str
@@ -102,7 +102,7 @@ class Look(NamedTuple):
 class Report(Columns):
     """A benchmark's results. look: how they are drawn, if they are."""
 
-    look: ClassVar[Look | None] = None
+    look: ClassVar[Drawing | None] = None
 
     known: ClassVar[dict[str, type["Report"]]] = {}
     bench: str
@@ -139,7 +139,7 @@ class Decode(Report):
     bench: Literal["decode"] = "decode"
     seed: int = 0
     rows: list[DecodeRow]
-    look = Look(
+    look = Drawing(
         "{:,} tokens", "ms per decode step (whiskers: 10 % and 90 % of the steps)", True, "Median of the steps."
     )
 
@@ -174,7 +174,7 @@ class Throughput(Report):
     largest: list[dict[str, Any]] = []
     published: dict[str, Any] = {}
     interrupted: bool = False
-    look = Look("batch {}", "generated tokens/s, prefill included", False, "One run each, no interval.")
+    look = Drawing("batch {}", "generated tokens/s, prefill included", False, "One run each, no interval.")
 
     @property
     def drawn(self) -> dict[int, dict[str, tuple[float, Maybe, Maybe]]]:

@@ -52,21 +52,25 @@ class Clock:
         return [Spent(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairs]
 
 
+class Run(NamedTuple):
+    """What is generated, how often, and on how many threads."""
+
+    batch: int = 1
+    tokens: int = 25
+    rounds: int = 8
+    threads: int = 1
+    seed: int = 0
+
+
 def run(
-    methods: Sequence[str] = METHODS,
-    batch: int = 1,
-    tokens: int = 100,
-    rounds: int = 3,
-    threads: int = 1,
-    seed: int = 0,
-    out: str | Path | None = None,
-    as_json: bool = False,
+    methods: Sequence[str] = METHODS, asked: Run = Run(), out: str | Path | None = None, as_json: bool = False
 ) -> dict:
     """Medians over the tokens of all rounds: greedy tokens of a random Llama of 32 tiny layers, contenders in turn;
     printed, and kept in `out`. Rows of a batch are padded on the left, to different lengths.
 
     Raises ValueError for an unknown method.
     """
+    batch, tokens, rounds, threads, seed = asked
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

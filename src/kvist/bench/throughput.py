@@ -2,6 +2,7 @@
 caches. Generated tokens/s, time to the first token, bytes of the cache, and the most bytes that a run held."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,49 +20,53 @@ MIB, GIB = 2**20, 2**30
 SPEEDS = ("tokens/s", "decode tokens/s", "prefill tokens/s", "first token s")
 
 
+@dataclass(frozen=True)
+class Race:
+    """What is run: lengths; batches of 1, 2, 4 … until `most`, or until a run is predicted to hold more than `limit`
+    bytes beyond the weights (None: 80 % of what is free); measured rounds of each, and the seed of the prompts."""
+
+    lengths: Lengths
+    limit: int | None = None
+    most: int | None = None
+    rounds: int = 1
+    seed: int = 0
+
+
 def run(
     model,
     methods: dict[str, Recipe],
-    prompt: int,
-    new: int,
     name: str,
-    limit: int | None = None,
-    most: int | None = None,
-    rounds: int = 1,
-    seed: int = 0,
+    race: Race,
     preset: Preset | None = None,
     out: str | Path | None = None,
     as_json: bool = False,
     plot: str | Path | None = None,
-    chunk: int = 0,
 ) -> dict:
-    """Batches of 1, 2, 4 … until `most`, or until a run is predicted to hold more than `limit` bytes beyond the weights
-    (None: 80 % of what is free), prompts read in chunks of `chunk` tokens (0: whole). Printed, drawn, and kept in `out`
-    after every run.
+    """A race of `methods` and transformers' own caches on a model. Printed, drawn, and kept in `out` after every run.
 
     Raises ValueError where no contender can run, or the model has fewer positions. What fails is a row that says so.
     """
-    lengths, free = Lengths(prompt, new, chunk), memory.free(model.device)
-    _check(model, name, lengths, limit, free)
-    limit = int(SHARE * free) if limit is None else limit
+    lengths, free = race.lengths, memory.free(model.device)
+    _check(model, name, lengths, race.limit, free)
+    limit = int(SHARE * free) if race.limit is None else race.limit
     racers, dtype = contenders(model, methods, lengths), str(model.dtype).removeprefix("torch.")
-    chunks = f", prompts in chunks of {chunk}" if chunk else ""
+    chunks = f", prompts in chunks of {lengths.chunk}" if lengths.chunk else ""
     report: dict = {
         "bench": "throughput",
-        "title": f"{name}: {prompt} + {new} tokens{chunks}, {dtype}, {model.device.type}",
+        "title": f"{name}: {lengths.prompt} + {lengths.new} tokens{chunks}, {dtype}, {model.device.type}",
         "machine": machine(),
         "settings": {
             "model": name,
             "layers": model.config.get_text_config(decoder=True).num_hidden_layers,
             "dtype": dtype,
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
-            "prompt tokens": prompt,
-            "new tokens": new,
-            "prefill chunk": chunk,
-            "rounds": rounds,
-            "seed": seed,
+            "prompt tokens": lengths.prompt,
+            "new tokens": lengths.new,
+            "prefill chunk": lengths.chunk,
+            "rounds": race.rounds,
+            "seed": race.seed,
             "memory bytes": limit,
-            "largest batch": most,
+            "largest batch": race.most,
             "weights bytes": shapes.nbytes(model),
             "methods": {name: recipe.model_dump(mode="json") for name, recipe in methods.items()},
         },
@@ -73,7 +78,7 @@ def run(
         _write(report, out)
 
     try:
-        _race(model, racers, lengths, limit, most, rounds, seed, keep)
+        _race(model, racers, replace(race, limit=limit), keep)
     except KeyboardInterrupt:
         report["interrupted"] = True
         raise
@@ -105,18 +110,11 @@ def _check(model, name: str, lengths: Lengths, limit: int | None, free: int) -> 
         )
 
 
-def _race(
-    model,
-    racers: list[Racer],
-    lengths: Lengths,
-    limit: int,
-    most: int | None,
-    rounds: int,
-    seed: int,
-    keep: Callable[[dict], None],
-) -> None:
-    aside, batch = Console(stderr=True), 1
-    while any(racer.running for racer in racers) and batch <= (most or batch):
+def _race(model, racers: list[Racer], race: Race, keep: Callable[[dict], None]) -> None:
+    """Batch by batch, all racers that still run. `race.limit` is known."""
+    assert race.limit is not None
+    aside, batch, lengths, limit = Console(stderr=True), 1, race.lengths, race.limit
+    while any(racer.running for racer in racers) and batch <= (race.most or batch):
         for racer in (racer for racer in racers if racer.running):
             expected = racer.predict(model, batch, lengths)
             row = {"contender": racer.name, "method": racer.method, "batch": batch, "predicted bytes": expected}
@@ -128,7 +126,7 @@ def _race(
                 continue
             try:
                 with aside.status(f"{racer.name}, batch {batch}: about {expected / GIB:.2f} GiB"):
-                    row |= measure(model, racer, batch, lengths, rounds, seed)
+                    row |= measure(model, racer, batch, lengths, race.rounds, race.seed)
             except Exception as error:
                 racer.running = False
                 racer.ended_by_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)

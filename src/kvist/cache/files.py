@@ -25,6 +25,7 @@ from kvist.cache.rows import SlotMap
 from kvist.cache.saved import Header, SavedLayer, SavedTrack, capacity, check, check_numbers, held
 from kvist.cache.schedule import State
 from kvist.cache.track import Track
+from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
 FORMAT = 3
@@ -118,9 +119,15 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
             tensors = {name: file.get_tensor(name) for name in names}
             if about.get("digest") != _digest(about["kvist"], tensors):
                 raise ValueError("its contents do not have the checksum that they were written with")
+            like: list = []
             for i, (layer, state) in enumerate(zip(cache.layers, saved, strict=True)):
                 own = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
-                _load_layer(layer, state, own, model)
+                if isinstance(layer, Layer):
+                    _load_layer(layer, state, own, model)
+                    continue
+                like = like or _sample(cls, model, made)
+                about = foreign.Expected(like[i], cache.rows.batch, cache.rows.slots, model.device)
+                foreign.load(layer, state, own, about)
         except ValueError as error:
             cache.close()
             raise ValueError(
@@ -131,6 +138,17 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
             raise
     cache.keep_exact(next((layer.exact for layer in cache.ours if layer.is_initialized), None))
     return cache
+
+
+@torch.no_grad()
+def _sample(cls, model, recipe: Recipe) -> list:
+    """The layers of a cache of a few tokens: no config tells what transformers' own layers keep, and these do."""
+    cache = cls(model, recipe)
+    try:
+        model(input_ids=torch.zeros(1, foreign.SAMPLE, dtype=torch.long, device=model.device), **cache_argument(cache))
+    finally:
+        cache.close()
+    return cache.layers
 
 
 @contextmanager
@@ -269,9 +287,7 @@ def _save_track(track: Track, layer: Layer, prefix: str, tensors: dict[str, Tens
     }
 
 
-def _load_layer(layer, saved: SavedLayer | dict, tensors: dict[str, Tensor], model) -> None:
-    if not isinstance(layer, Layer):
-        return foreign.load(layer, saved, tensors, model.device)
+def _load_layer(layer: Layer, saved: SavedLayer | dict, tensors: dict[str, Tensor], model) -> None:
     if not isinstance(saved, SavedLayer):
         return
     shape, batch = saved.geometry, len(saved.lengths)

@@ -3,6 +3,7 @@ spaces, pictures' keys. What they hold is read and written generically: every te
 attributes, in dicts and lists, too; so that a kind of layer nobody thought of is not forgotten.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,18 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 CROSS = "cross_attention"
+SAMPLE = 5  # tokens of one row: by their number a size that grows with tokens is told from others
 DTYPES = {str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+
+
+class Expected(NamedTuple):
+    """What must be true of a saved layer: it is like one that holds a sample, and of the rows and slots of its cache;
+    and the device that it comes to."""
+
+    like: Any
+    rows: int
+    slots: int
+    device: torch.device
 
 
 class Mark(NamedTuple):
@@ -117,9 +129,9 @@ def save(layer) -> tuple[dict, dict[str, Tensor]]:
     return {"class": type(layer).__name__, "state": state}, found
 
 
-def load(layer, saved: dict, found: dict[str, Tensor], device: torch.device) -> None:
+def load(layer, saved: dict, found: dict[str, Tensor], about: Expected) -> None:
     """Give a new layer what was saved of its like. ValueError, the layer unchanged, for what is none of its
-    attributes."""
+    attributes, or cannot be what it held."""
     name, state = saved.get("class"), saved.get("state")
     if name != type(layer).__name__ or not isinstance(state, dict):
         raise ValueError(f"expected a layer of transformers' {type(layer).__name__}, found {name!r}")
@@ -127,12 +139,69 @@ def load(layer, saved: dict, found: dict[str, Tensor], device: torch.device) -> 
     if strange:
         raise ValueError(f"{strange[0]!r} is nothing that a {type(layer).__name__} holds")
     # own, aligned memory: vector code rounds otherwise where memory is not aligned
-    moved = {name: tensor.to(device, copy=True) for name, tensor in found.items()}
+    moved = {name: tensor.to(about.device, copy=True) for name, tensor in found.items()}
     try:
-        read = {name: _read(part, vars(layer).get(name), moved, device) for name, part in state.items()}
+        read = {name: _read(part, vars(layer).get(name), moved, about.device) for name, part in state.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"what was saved of a {type(layer).__name__} is incomplete: {error}") from None
+    for key, value in vars(layer).items():
+        if key not in read or not _alike(value, read[key]):
+            raise ValueError(f"{key} of a {type(layer).__name__} cannot be {read.get(key)!r:.60}")
+    filled = copy.copy(layer)
+    vars(filled).update(read)
+    _check(filled, layer, about)
     vars(layer).update(read)
+
+
+def _alike(own: Any, read: Any) -> bool:
+    """Whether an attribute of a new layer may have become `read`: nothing yet becomes anything, a count counts on, a
+    setting stays."""
+    if isinstance(own, Tensor) and not own.dim():
+        return isinstance(read, Tensor) and read.dtype == own.dtype and torch.equal(read.cpu(), own.cpu())
+    if own is None:
+        return True
+    same = type(read) is type(own)
+    if isinstance(own, dict):
+        return same and own.keys() == read.keys() and all(_alike(part, read[key]) for key, part in own.items())
+    return same and (not isinstance(own, int | float | str) or not own or own == read)
+
+
+def _check(layer, new, about: Expected) -> None:
+    """What a layer holds is finite, of the rows of the cache, of the shapes that the model makes, and of as many tokens
+    as it counts; or it is as new. ValueError."""
+    if not all(x.isfinite().all() for x in held(layer) if x.is_floating_point()):
+        raise ValueError("it holds numbers that are not finite")
+    told = held(about.like) or not held(layer)  # not of what a picture leaves, which the text does not bring
+    if told and not _like(vars(layer), vars(about.like if held(layer) else new), about.rows):
+        raise ValueError("it does not hold what this model makes")
+    if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
+        return
+    kept, counted = layer.keys.shape[-2], layer.get_seq_length()
+    if layer.values.shape[-2] != kept:
+        raise ValueError(f"it holds {kept} keys and {layer.values.shape[-2]} values")
+    if not getattr(layer, "is_sliding", False):
+        return
+    least = min(about.slots, layer.sliding_window - 1)
+    most = about.slots if layer.record_past else max(least, 1)
+    if counted != about.slots or not least <= kept <= most:
+        raise ValueError(f"its window holds {kept} tokens and counts {counted} of {about.slots}")
+
+
+def _like(found: Any, like: Any, rows: int, name: Any = "") -> bool:
+    """Whether tensors, in dicts and lists, too, are what a layer that holds a sample would have become."""
+    if isinstance(like, dict):
+        return isinstance(found, dict) and all(_like(found.get(key), part, rows, key) for key, part in like.items())
+    if isinstance(like, list | tuple):
+        same = type(found) is type(like) and len(found) == len(like)
+        return same and all(_like(part, other, rows, name) for part, other in zip(found, like, strict=True))
+    if not isinstance(like, Tensor) or not like.dim():
+        return type(found) is type(like)
+    if not isinstance(found, Tensor) or found.dtype != like.dtype or found.dim() != like.dim():
+        return False
+    if name in ("keys", "values"):
+        return found.shape[0] == rows and found.shape[1:-2] == like.shape[1:-2] and found.shape[-1] == like.shape[-1]
+    known = {1: (1, rows), SAMPLE: found.shape}  # of rows; of tokens, as many as there are
+    return all(n in known.get(m, (m,)) for n, m in zip(found.shape, like.shape, strict=True))
 
 
 def _written(value: Any, path: str, found: dict[str, Tensor], seen: dict[int, str]) -> dict:

@@ -1,11 +1,14 @@
 """`kvist bench`: measurements; each one is a function of kvist.bench."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from kvist.cli.show import Json, check_plot
+from kvist.cli import files
+from kvist.cli.options import Where, command
+from kvist.cli.show import Printed
+from kvist.flags import argument, flag
 from kvist.units import parse_size, size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory.")
@@ -16,18 +19,27 @@ def bench() -> None:
     """Measure speed and memory."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of ours, and where results go."""
+
+    method: tuple[str, ...] = flag((), "A method of ours; repeatable.", "-m")
+    out: Path | None = flag(None, "File for the results, as JSON.")
+
+
+@dataclass(frozen=True)
+class Steps(Measured):
+    """How decode steps are measured."""
+
+    length: tuple[int, ...] = flag((), "Tokens in the cache; repeatable.", "-n", least=1)
+    steps: int = flag(40, "Measured steps of each contender.", least=1)
+    threads: int = flag(0, "Threads of torch; 0 leaves them as they are.", least=0)
+    seed: int = flag(0, "Seed of the random keys and values.")
+
+
 @app.command()
-def decode(
-    length: Annotated[
-        list[int] | None, typer.Option("--length", "-n", min=1, help="Tokens in the cache; repeatable.")
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each contender.")] = 40,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 leaves them as they are.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the random keys and values.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def decode(asked: Steps, printed: Printed) -> None:
     """One decode step against transformers' own caches: medians and ratios of interleaved runs.
 
     Example: kvist bench decode --length 4096 --method kivi:2 --method 'kivi k=2 v=4'
@@ -35,80 +47,87 @@ def decode(
     from kvist.bench import decode as measured
     from kvist.methods import parse
 
-    for text in method or ():
+    for text in asked.method:
         parse(text)
-    chosen = {"lengths": length, "methods": method}
-    measured.run(
-        **{k: v for k, v in chosen.items() if v}, steps=steps, threads=threads, seed=seed, out=out, as_json=json
-    )
+    chosen = asked.length or measured.LENGTHS, asked.method or measured.METHODS
+    measured.run(*chosen, asked.steps, asked.threads, asked.seed, asked.out, printed.json)
+
+
+@dataclass(frozen=True)
+class Generated(Measured):
+    """How steps of `generate` are measured."""
+
+    batch: int = flag(1, "Rows; more than one are padded on the left.", least=1)
+    tokens: int = flag(25, "Generated tokens of a run.", least=3)
+    rounds: int = flag(8, "Runs of each contender, in turn.", least=1)
+    threads: int = flag(1, "Threads of torch.", least=1)
+    seed: int = flag(0, "Seed of the random model.")
 
 
 @app.command()
-def steps(
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows; more than one are padded on the left.")] = 1,
-    tokens: Annotated[int, typer.Option(min=2, help="Generated tokens.")] = 100,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each contender, in turn.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the random model.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def steps(asked: Generated, printed: Printed) -> None:
     """What a token of `generate` costs the host with a model of 32 tiny layers, against transformers' own caches.
 
     Example: kvist bench steps --method kivi:2 --batch 8
     """
     from kvist.bench import steps as measured
 
-    chosen = {"methods": method} if method else {}
-    measured.run(**chosen, batch=batch, tokens=tokens, rounds=rounds, threads=threads, seed=seed, out=out, as_json=json)
+    run = measured.Run(asked.batch, asked.tokens, asked.rounds, asked.threads, asked.seed)
+    measured.run(asked.method or measured.METHODS, run, asked.out, printed.json)
+
+
+@dataclass(frozen=True)
+class Rounds(Measured):
+    """How encoding is measured."""
+
+    rounds: int = flag(15, "Measured rounds.", least=1)
 
 
 @app.command()
-def encode(
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 15,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def encode(asked: Rounds, printed: Printed) -> None:
     """Bulk encoding on one core in MB/s of 16-bit input, and microseconds for a page of 64 tokens.
 
     Example: kvist bench encode --method kivi:2
     """
     from kvist.bench import encode as measured
 
-    measured.run(**({"methods": method} if method else {}), rounds=rounds, out=out, as_json=json)
+    measured.run(asked.method or measured.METHODS, asked.rounds, asked.out, printed.json)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole generations: of which model, how long, in how much memory."""
+
+    model: str | None = argument(None, "A model's folder, or its name on the Hugging Face Hub.")
+    random_weights: str | None = flag(None, "A shape: llama-2-7b, llama-3-8b, qwen3-0.6b ….")
+    layers: int = flag(0, "Only so many layers of --random-weights; 0: all.", least=0)
+    preset: str | None = flag(None, "kivi, kvmix or logquant: the shape, lengths and methods of a paper.")
+    prompt_tokens: int | None = flag(None, "Tokens of each prompt.  [default: 512]", least=1)
+    new_tokens: int | None = flag(None, "Tokens generated after it.  [default: 128]", least=2)
+    method: tuple[str, ...] = flag((), "A method of ours; repeatable.  [default: kivi:2]", "-m")
+    memory: int | None = flag(
+        None, "What a run may take beside the weights: 4GiB.  [default: 80 % of what is free]", parse=parse_size
+    )
+    batch: int | None = flag(None, "The largest batch; without, memory ends it.", least=1)
+    chunk: int = flag(0, "Read prompts in chunks of so many tokens; 0: whole.", least=0)
+    rounds: int = flag(1, "Measured runs of each batch, after a warm-up.", least=1)
+    seed: int = flag(0, "Of prompts and random weights.")
+    out: Path | None = flag(None, "File for the results, as JSON; written after every run.")
+    plot: Path | None = flag(None, "File for a picture, as PNG.")
+
+
+@dataclass(frozen=True)
+class There(Where):
+    """Where random weights may be, too."""
+
+    dtype: str = flag("auto", "auto (as saved; random: bfloat16), float32, float16, bfloat16.")
 
 
 @app.command()
-def throughput(
-    model: Annotated[str | None, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")] = None,
-    random_weights: Annotated[
-        str | None,
-        typer.Option("--random-weights", help="A shape: llama-2-7b, llama-3-8b, qwen3-0.6b …."),
-    ] = None,
-    layers: Annotated[int, typer.Option(min=0, help="Only so many layers of --random-weights; 0: all.")] = 0,
-    preset: Annotated[
-        str | None, typer.Option(help="kivi, kvmix or logquant: the shape, lengths and methods of a paper.")
-    ] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt.  [default: 512]")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens generated after it.  [default: 128]")] = None,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method of ours; repeatable.  [default: kivi:2]")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What a run may take beside the weights: 4GiB.  [default: 80 % of what is free]")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="The largest batch; without, memory ends it.")] = None,
-    chunk: Annotated[int, typer.Option(min=0, help="Read prompts in chunks of so many tokens; 0: whole.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each batch, after a warm-up.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved; random: bfloat16), float32, float16, bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of prompts and random weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON; written after every run.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a picture, as PNG.")] = None,
-    json: Json = False,
-) -> None:
+@command
+def throughput(whole: Whole, where: There, printed: Printed) -> None:
     """Whole generations at batches that double until memory ends, against transformers' dynamic and static cache.
 
     Nothing is run that is predicted not to fit. `kvist run` lets OpenMP's idle threads sleep; to measure that, set
@@ -118,52 +137,41 @@ def throughput(
     from kvist.bench.shapes import shape
     from kvist.methods import parse
 
-    chosen = known(preset) if preset else None
-    if model and random_weights:
+    chosen = known(whole.preset) if whole.preset else None
+    if whole.model and whole.random_weights:
         raise ValueError("MODEL and --random-weights name two models; give one of them")
-    random_weights = random_weights or (chosen.shape if chosen and not model else None)
-    if not model and not random_weights:
+    name = whole.random_weights or (chosen.shape if chosen and not whole.model else None)
+    if not whole.model and not name:
         raise ValueError("nothing to measure: give a MODEL, --random-weights llama-2-7b or --preset kivi")
-    if layers and model:
+    if whole.layers and whole.model:
         raise ValueError("--layers cuts --random-weights; a MODEL keeps its layers")
-    limit = parse_size(memory) if memory else None
-    recipes = {text: parse(text) for text in method or ()}
-    config = shape(random_weights, layers) if random_weights else None
-    check_plot(plot)
+    recipes = {text: parse(text) for text in whole.method}
+    config = shape(name, whole.layers) if name else None
+    files.check_plot(whole.plot)
 
     from kvist.bench import throughput as measured
+    from kvist.bench.generation import Lengths
 
     if config:
-        loaded, name = _random(config, device, dtype, seed), f"{random_weights}, random weights"
-        name += f", {config.num_hidden_layers} layers"
+        model = _random(config, where, whole.seed)
+        name = f"{name}, random weights, {config.num_hidden_layers} layers"
     else:
         from kvist.cli.models import load
 
-        loaded, name = load(str(model), device, dtype)[0], str(model)
+        name = str(whole.model)
+        model = load(name, where.device, where.dtype)[0]
     if not recipes:
         from kvist.models.adapter import describe
 
-        texts = chosen.methods(len(describe(loaded).served)) if chosen else {"kivi:2": "kivi:2"}
+        texts = chosen.methods(len(describe(model).served)) if chosen else {"kivi:2": "kivi:2"}
         recipes = {called: parse(text) for called, text in texts.items()}
-    measured.run(
-        loaded,
-        recipes,
-        prompt_tokens or (chosen.prompt if chosen else 512),
-        new_tokens or (chosen.new if chosen else 128),
-        name,
-        limit=limit,
-        most=batch,
-        rounds=rounds,
-        seed=seed,
-        preset=chosen,
-        out=out,
-        as_json=json,
-        plot=plot,
-        chunk=chunk,
-    )
+    prompt, new = (chosen.prompt, chosen.new) if chosen else (512, 128)
+    lengths = Lengths(whole.prompt_tokens or prompt, whole.new_tokens or new, whole.chunk)
+    race = measured.Race(lengths, whole.memory, whole.batch, whole.rounds, whole.seed)
+    measured.run(model, recipes, str(name), race, chosen, whole.out, printed.json, whole.plot)
 
 
-def _random(config, device: str, dtype: str, seed: int):
+def _random(config, where: Where, seed: int):
     """A model of random weights, if there is room for it."""
     import torch
 
@@ -171,7 +179,8 @@ def _random(config, device: str, dtype: str, seed: int):
     from kvist.bench.shapes import nbytes, outline, random_weights
     from kvist.cli.models import placed, precision
 
-    place, kind = placed(device), torch.bfloat16 if dtype == "auto" else precision(dtype)
+    place = placed(where.device)
+    kind = torch.bfloat16 if where.dtype == "auto" else precision(where.dtype)
     needed, room = nbytes(outline(config, kind)), free(place)
     if needed > room:
         raise ValueError(f"the weights take {size(needed)} but {size(room)} are free; give --layers 2, or fewer")

@@ -1,22 +1,25 @@
 """`kvist compare`: in a sentence, whether a difference is real."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from kvist.cli.options import command
+from kvist.cli.show import Printed
+from kvist.flags import argument, flag
 
-from kvist.cli.show import Json, dump
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods, or two runs."""
+
+    a: str = argument(..., "A method with --results; else a results file or folder.", metavar="A")
+    b: str = argument(..., "The other one.", metavar="B")
+    results: Path | None = flag(None, "A folder or file of `kvist eval --out`.", "-r", metavar="DIR")
+    seed: int = flag(0, "Of intervals and tests.")
 
 
-def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A method with --results; else a results file or folder.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
-    results: Annotated[
-        Path | None, typer.Option("--results", "-r", metavar="DIR", help="A folder or file of `kvist eval --out`.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of intervals and tests.")] = 0,
-    json: Json = False,
-) -> None:
+@command
+def compare(pair: Pair, printed: Printed) -> None:
     """Say whether two methods differ, or two runs of the same methods, on the same items of each task.
 
     Answers that are right or wrong: McNemar's exact test; other numbers: flipped signs of paired differences. p are
@@ -25,12 +28,10 @@ def compare(
     """
     from kvist.report.sentences import methods, runs
 
+    a, b, results = pair.a, pair.b, pair.results
     if results is None and not (Path(a).exists() and Path(b).exists()):
         raise ValueError(
             f"expected two results files, or two methods and --results DIR, found {a} and {b} without --results"
         )
-    found = runs(a, b, seed) if results is None else methods(a, b, results, seed)
-    if json:
-        return dump([each.data for each in found])
-    print(*(each.sentence for each in found), sep="\n")
-    return None
+    found = runs(a, b, pair.seed) if results is None else methods(a, b, results, pair.seed)
+    printed.say([each.data for each in found], *(each.sentence for each in found))

@@ -8,8 +8,6 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from kvist.stranger import printable
-
 EXIT, FAULT = 2, 1
 DEBUG = "--debug"
 OTHERS = ("lm-eval",)  # verbs whose options belong to another program
@@ -49,6 +47,8 @@ def sentence(error: Exception) -> tuple[str, int] | None:
         return None
     if words := getattr(error, "format_message", None):  # unknown commands and options, missing arguments
         return words(), EXIT
+    from kvist.stranger import printable
+
     said = printable(str(error)) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in said.lower() for words in MEMORY):
         return (
@@ -72,6 +72,8 @@ def sentence(error: Exception) -> tuple[str, int] | None:
 def _explain(error: Exception) -> None:
     """Print and exit; return for help and exits."""
     if found := sentence(error):
+        from kvist.stranger import printable
+
         print("kvist: " + printable(found[0]), file=sys.stderr)
         raise typer.Exit(found[1]) from None
 

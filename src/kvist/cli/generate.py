@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.cli import prompts
+from kvist.cli.options import Generation
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 from kvist.units import size
@@ -40,25 +41,13 @@ class Clock(TextStreamer):
 class Session:
     """A model, its cache, and the token ids whose keys and values the cache holds."""
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        recipe: Recipe | None,
-        reserve: int,
-        prefill: str | None,
-        file: Path | None,
-        chunk: int,
-        sampling: dict,
-        seed: int,
-        raw: bool = False,
-    ):
-        self.raw = raw or tokenizer.chat_template is None
-        self.model, self.tokenizer, self.chunk, self.sampling = model, tokenizer, chunk, sampling
+    def __init__(self, model, tokenizer, recipe: Recipe | None, options: Generation, file: Path | None = None):
+        self.raw = options.raw or tokenizer.chat_template is None
+        self.model, self.tokenizer, self.options = model, tokenizer, options
         if file:
             self.cache = Cache.load(file, model, recipe)
         else:
-            self.cache = Cache(model, recipe or DEFAULT, reserve=reserve, prefill=prefill)
+            self.cache = Cache(model, recipe or DEFAULT, reserve=options.reserve, prefill=options.prefill)
         self.reserve, self.text = self.cache.reserve, ""
         self.before = self.cache.get_seq_length()  # slots of a loaded cache, whose text is not known
         self.stored: list[int] = []  # ids behind them
@@ -67,13 +56,13 @@ class Session:
         self.prompt_tokens = self.new_tokens = self.decoded = 0
         self.ended_at_once = False
         self.prefill_seconds = self.decode_seconds = 0.0
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
 
-    def attached(self, wanted: bool):
-        """The attention that reads packed pages, while the context is open."""
-        return attach(self.model) if wanted else nullcontext()
+    def attached(self):
+        """The attention that reads packed pages, while the context is open, unless it is not wanted."""
+        return attach(self.model) if self.options.attach else nullcontext()
 
     def encode(self, text: str) -> list[int]:
         """A prompt's ids; special tokens at the start of a text only."""
@@ -106,22 +95,25 @@ class Session:
         self.cache.reset()
         self.stored, self.pending, self.again = [], self.stored + self.pending, True
 
-    def write(self, ids: list[int], max_new_tokens: int, stream: bool) -> None:
+    def write(self, ids: list[int], stream: bool) -> None:
         """Read `ids` after what the cache holds, then generate."""
         past, clock, self.again = self.before + len(self.stored), Clock(self.tokenizer, stream), False
         inputs = torch.tensor([ids], device=self.model.device)
-        options = {"prefill_chunk_size": self.chunk} if len(ids) > self.chunk else {}
+        chunked = {"prefill_chunk_size": self.options.chunk} if len(ids) > self.options.chunk else {}
+        if self.options.greedy:
+            sampling = {"do_sample": False, "top_k": None, "top_p": None, "temperature": None}
+        else:
+            sampling = {"do_sample": True, "temperature": self.options.temperature}
         self._given, self._clock, self._start = ids, clock, time.perf_counter()
         self.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones(1, past + len(ids), dtype=torch.long, device=self.model.device),
             **cache_argument(self.cache),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             streamer=clock,
             pad_token_id=self._padding(),
-            **({"top_k": None, "top_p": None, "temperature": None} if not self.sampling["do_sample"] else {}),
-            **self.sampling,
-            **options,
+            **sampling,
+            **chunked,
         )
         self._account()
 
@@ -158,19 +150,20 @@ class Session:
         padding = self.model.generation_config.pad_token_id
         return next(iter(self._ends()), None) if padding is None else padding
 
-    def figures(self, attached: bool) -> dict:
+    def figures(self) -> dict:
         """What the run took, as plain data."""
         report, slots = self.cache.report(), self.cache.get_seq_length()
         cuda = self.model.device.type == "cuda"
-        shape, advice = self.cache.describes.shapes[0], None
+        kept = self.cache.describes.shapes[0].stored(any(plan.packs for plan in self.cache.recipe.layers))
+        advice = None
         if self.ended_at_once:
             template = self.tokenizer.chat_template is not None
-            advice = prompts.advice(self.raw, template, not self.sampling["do_sample"])
+            advice = prompts.advice(self.raw, template, self.options.greedy)
         peak = torch.cuda.max_memory_allocated(self.model.device) if cuda else _resident()
         return {
             "method": str(self.cache.recipe),
             "recipe": self.cache.recipe.model_dump(mode="json"),
-            "attached": attached,
+            "attached": self.options.attach,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "cached_tokens": slots,
@@ -179,8 +172,8 @@ class Session:
             "cache": report.to_dict(),
             "room_for_tokens": self._room(report.nbytes),
             "bill": {label: self._bill(tokens) for label, tokens in BILLED.items()},
-            "dtype": _name(self.model.dtype),
-            "exact_dtype": _name(shape.stored(any(plan.packs for plan in self.cache.recipe.layers))),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "exact_dtype": str(kept).removeprefix("torch."),
             "ended_at_once": advice,
             "bits_per_element": report.bits_per_element,
             "bytes": report.nbytes,
@@ -206,10 +199,6 @@ class Session:
             middle = (few + many) // 2
             few, many = (middle, many) if self.cache.bill(middle, self.reserve) <= nbytes else (few, middle)
         return max(few, self.cache.get_seq_length())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _resident() -> int | None:

@@ -1,36 +1,41 @@
 """`kvist import-kvquant`: a quantizer file that KVQuant's authors published becomes an artefact."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+from kvist.cli.options import command
+from kvist.cli.show import Printed
+from kvist.flags import argument, flag
 
-from kvist.cli.show import Json, dump
+
+@dataclass(frozen=True)
+class Source:
+    """A published file, the model it was made for, and where it goes."""
+
+    file: Path = argument(..., "The quantizer file, quantizer-….pickle; nothing in it is run.")
+    model: str = flag(..., "The model it was made for: a folder, or its name on the Hub.")
+    out: Path = flag(..., "The folder that the artefact is written into.", "-o")
 
 
-def import_kvquant(
-    file: Annotated[Path, typer.Argument(help="The quantizer file, quantizer-….pickle; nothing in it is run.")],
-    model: Annotated[str, typer.Option("--model", help="The model it was made for: a folder, or its name on the Hub.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that the artefact is written into.")],
-    sinks: Annotated[
-        int | None, typer.Option(min=0, help="First tokens that stay exact.  [default: 5 for llama (LWM), else 1]")
-    ] = None,
-    cap: Annotated[
-        str | None,
-        typer.Option(
-            help="token: as many outliers in every token; none: those beyond the thresholds.  [default: none for "
-            "dbrx, else token]"
-        ),
-    ] = None,
-    outliers: Annotated[str, typer.Option(help="Share of the channels that escape, per token.")] = "1%",
-    slots: Annotated[
-        int | None,
-        typer.Option(help="With --cap none: room for outliers of keys per token.  [default: twice the share]"),
-    ] = None,
-    levels: Annotated[str | None, typer.Option(help="nf or int, for a file without codebooks.")] = None,
-    bits: Annotated[int | None, typer.Option(help="2 to 5, for a file without codebooks.")] = None,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class Unsaid:
+    """What the file does not say."""
+
+    sinks: int | None = flag(None, "First tokens that stay exact.  [default: 5 for llama (LWM), else 1]", least=0)
+    cap: str | None = flag(
+        None,
+        "token: as many outliers in every token; none: those beyond the thresholds.  "
+        "[default: none for dbrx, else token]",
+    )
+    outliers: str = flag("1%", "Share of the channels that escape, per token.")
+    slots: int | None = flag(None, "With --cap none: room for outliers of keys per token.  [default: twice the share]")
+    levels: str | None = flag(None, "nf or int, for a file without codebooks.")
+    bits: int | None = flag(None, "2 to 5, for a file without codebooks.")
+
+
+@command
+def import_kvquant(source: Source, unsaid: Unsaid, printed: Printed) -> None:
     """Read a quantizer file published with KVQuant and write an artefact; only the model's config is needed.
 
     Example: kvist import-kvquant quantizer-lwm-text-chat-256K-a3-s1.pickle --model LargeWorldModel/LWM-Text-Chat-256K
@@ -41,33 +46,24 @@ def import_kvquant(
     from kvist.coding import Slots
     from kvist.methods.kvquant import parse_share
 
-    share = parse_share(outliers)
-    published = load(file)
-    artifact = to_artifact(
-        published, outline(model), outliers=share, cap=cap, sinks=sinks, slots=slots, levels=levels, bits=bits
-    )
-    artifact.save(out)
+    share = parse_share(unsaid.outliers)
+    given: dict[str, Any] = vars(unsaid) | {"outliers": share}
+    artifact = to_artifact(load(source.file), outline(source.model), **given)
+    artifact.save(source.out)
     settings, facts = artifact.settings, artifact.model
     channels = facts.heads * facts.key_dim
     figures = {
-        "file": str(file),
-        "artifact": str(out),
+        "file": str(source.file),
+        "artifact": str(source.out),
         "model": facts.name,
         "layers": facts.layers,
         "channels": channels,
-        "levels": settings.levels,
-        "bits": settings.bits,
-        "outliers": settings.outliers,
-        "cap": settings.cap,
+        **{name: getattr(settings, name) for name in ("levels", "bits", "outliers", "cap", "sinks", "qnorm")},
         "slots": settings.slots if settings.cap == "none" else Slots(share=share).count(channels) if share else 0,
-        "sinks": settings.sinks,
-        "qnorm": settings.qnorm,
         "on_grid": artifact.on_grid,
     }
-    if json:
-        return dump(figures)
-    print("\n".join(_sentences(figures, chosen=sinks is not None or cap is not None, room=slots is not None)))
-    return None
+    chosen = unsaid.sinks is not None or unsaid.cap is not None
+    printed.say(figures, *_sentences(figures, chosen, room=unsaid.slots is not None))
 
 
 def _sentences(f: dict, chosen: bool, room: bool) -> list[str]:

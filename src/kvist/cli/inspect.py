@@ -1,26 +1,28 @@
 """`kvist inspect`: what kvist would do with a model, from its config alone."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import typer
-
-from kvist.cli.show import MODEL, Json, dump, put, table
+from kvist.cli.options import MODEL, command
+from kvist.cli.show import Printed, table
+from kvist.flags import argument, flag
 from kvist.units import size
 
 LENGTHS = {"4K": 4096, "32K": 32768, "128K": 131072}
 
 
-def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="'kivi:2', 'kivi k=2 v=4', or a recipe's JSON file; repeatable."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where it would run: cpu or cuda.")] = "cpu",
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class Outlined:
+    """A model, and what would be done with it."""
+
+    model: str = argument(..., MODEL)
+    method: tuple[str, ...] = flag(("kivi:2",), "'kivi:2', 'kivi k=2 v=4', or a recipe's JSON file; repeatable.", "-m")
+    device: str = flag("cpu", "Where it would run: cpu or cuda.")
+
+
+@command
+def inspect(asked: Outlined, printed: Printed) -> None:
     """What kvist would do with a model: layers, heads, kernel, bytes. Reads the config, not the weights.
 
     Example: kvist inspect meta-llama/Llama-3.1-8B --method kivi:2 --method int4
@@ -29,13 +31,13 @@ def inspect(
     from kvist.methods import parse
     from kvist.models.adapter import describe
 
-    recipes = [parse(text) for text in method or ["kivi:2"]]
-    outlined = outline(model)
+    recipes = [parse(text) for text in asked.method]
+    outlined = outline(asked.model)
     described = describe(outlined)
     shapes = described.shapes
     token = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes)
     data = {
-        "model": model,
+        "model": asked.model,
         "family": described.name,
         "layers": len(described.kinds),
         "served": described.served,
@@ -48,12 +50,9 @@ def inspect(
         "attention": outlined.config._attn_implementation,
         "attach": _attaches(outlined),
         "bytes_per_token_16_bit": 2 * token,
-        "methods": [_method(recipe, described, token, device) | _fitted(recipe, outlined) for recipe in recipes],
+        "methods": [_method(recipe, described, token, asked.device) | _fitted(recipe, outlined) for recipe in recipes],
     }
-    if json:
-        return dump(data)
-    _print(data)
-    return None
+    printed.say(data, *_shown(data))
 
 
 def _others(kinds: tuple[str, ...], served: list[int]) -> dict[str, dict]:
@@ -187,7 +186,8 @@ def _sizes(found: list) -> str:
     return "; ".join(f"{n} layers: {_sizes(list(pair))}" for pair, n in Counter(map(tuple, found)).items())
 
 
-def _print(data: dict) -> None:
+def _shown(data: dict) -> Iterator:
+    """All of it, as texts and a table."""
     facts = {
         "family": data["family"],
         "layers": f"{data['layers']}, of which kvist serves {len(data['served'])}",
@@ -203,9 +203,9 @@ def _print(data: dict) -> None:
         "16-bit cache": f"{size(data['bytes_per_token_16_bit'])} per token in the layers served",
     }
     width = max(map(len, facts))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
     for method in data["methods"]:
-        print("\n" + "\n  ".join([_sentence(method["sentence"]), *(": ".join(f) for f in _facts(method).items())]))
+        yield "\n" + "\n  ".join([_sentence(method["sentence"]), *(": ".join(f) for f in _facts(method).items())])
     made = table(
         "Bytes, room reserved, one row",
         *("method", "per token at 32K", *LENGTHS),
@@ -215,4 +215,4 @@ def _print(data: dict) -> None:
         made.add_row(method["method"], size(method["bytes_per_token"]), *(size(n) for n in method["bytes"].values()))
     plain = data["methods"][0]["bytes_16_bit"]
     made.add_row("16-bit", size(data["bytes_per_token_16_bit"]), *(size(n) for n in plain.values()))
-    put(made)
+    yield made

@@ -1,27 +1,29 @@
 """`kvist report`: what `kvist eval` measured, as a page, a table and a picture."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from kvist.cli.show import Json, dump
+from kvist.cli import files
+from kvist.cli.options import command
+from kvist.cli.show import Printed
+from kvist.flags import argument, flag
 
 PAGE, TABLE, PICTURE = "report.html", "report.md", "pareto.png"
 NEEDED = "kvist report needs matplotlib, adjustText and jinja2: pip install 'kvist[report]'"
 
 
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with results of `kvist eval --out`.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder to write into.  [default: that of the results]")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="The method others are compared with.  [default: the first that is not exact]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of intervals and tests.")] = 0,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn, where, and compared with which method."""
+
+    folder: Path = argument(..., "A folder with results of `kvist eval --out`.", metavar="DIR")
+    out: Path | None = flag(None, "A folder to write into.  [default: that of the results]", "-o")
+    baseline: str | None = flag(None, "The method others are compared with.  [default: the first that is not exact]")
+    seed: int = flag(0, "Of intervals and tests.")
+
+
+@command
+def report(drawn: Drawn, printed: Printed) -> None:
     """Draw what was measured: report.html, which needs nothing else, report.md, and pareto.png.
 
     All files .jsonl and .jsonl.xz in DIR are read, and JSON of `kvist bench decode --out` and `kvist bench throughput
@@ -34,14 +36,17 @@ def report(
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError(NEEDED) from None
-    target = _target(folder, out)
+    if drawn.out is None:
+        target = drawn.folder if drawn.folder.is_dir() else drawn.folder.parent
+    else:
+        target = files.folder(drawn.out)
 
     from kvist.atomic import replacing, writable
     from kvist.report import canvas, figures, page, study
     from kvist.report.sentences import verdict
 
     writable(target / PAGE, target / TABLE, target / PICTURE)
-    found = study.read(folder, baseline, seed)
+    found = study.read(drawn.folder, drawn.baseline, drawn.seed)
     picture, _ = figures.frontier(found, found.models[0])
     texts = {PAGE: page.page(found), TABLE: page.markdown(found, PICTURE if picture else None)}
     for name, text in texts.items():
@@ -52,21 +57,7 @@ def report(
         canvas.png(picture, target / PICTURE)
         written.append(target / PICTURE)
     sentences = verdict(found)
-    if json:
-        return dump(_data(found, sentences, written))
-    print(*sentences, "", *(f"wrote {path}" for path in written), sep="\n")
-    return None
-
-
-def _target(folder: Path, out: Path | None) -> Path:
-    if out is None:
-        return folder if folder.is_dir() else folder.parent
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is a folder, found a file at {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"expected a folder to make {out.name} in, found none at {out.parent}")
-    out.mkdir(exist_ok=True)
-    return out
+    printed.say(_data(found, sentences, written), *sentences, "", *(f"wrote {path}" for path in written))
 
 
 def _data(found, sentences: list[str], written: list[Path]) -> dict:

@@ -1,19 +1,9 @@
 """What the console prints, and where: results on stdout, everything else on stderr."""
 
 import json as json_
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
-
-MODEL = "A model's folder, GGUF file or name on the Hugging Face Hub, or smollm2."
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method", "-m", help="'kivi:2', 'kivi k=2 v=4 group=32', or a recipe's JSON file.", show_default=True
-    ),
-]
+from kvist.flags import flag
 
 
 def console(stderr: bool = False):
@@ -23,9 +13,24 @@ def console(stderr: bool = False):
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
 
 
-def dump(data) -> None:
-    """JSON on stdout."""
-    print(json_.dumps(data, indent=2, ensure_ascii=False))
+@dataclass(frozen=True)
+class Printed:
+    """How results are printed."""
+
+    json: bool = flag(False, "Print JSON, and nothing else, on stdout.")
+
+    def say(self, data, *shown) -> None:
+        """The data as JSON; or else texts and tables."""
+        if self.json:
+            print(json_.dumps(data, indent=2, ensure_ascii=False))
+        else:
+            for each in shown:
+                print(each) if isinstance(each, str) else put(each)
+
+    def warn(self, *sentences: str) -> None:
+        """What one should know beside the results, on stderr; JSON holds it."""
+        for each in () if self.json else sentences:
+            console(stderr=True).print(each)
 
 
 def table(title: str, *columns: str, caption: str | None = None, left: int = 1):
@@ -74,25 +79,3 @@ class Bars:
         if stage not in self.tasks:
             self.tasks[stage] = self.progress.add_task(stage, total=total)
         self.progress.update(self.tasks[stage], completed=done)
-
-
-def check_plot(path: Path | None) -> None:
-    """Before the hours, not after: can a plot be drawn there?"""
-    if path is None:
-        return
-    if path.suffix != ".png":
-        raise ValueError(f"a plot is a PNG file, found --plot {path}; give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise ValueError(f"expected a folder to write {path.name} into, found none at {path.parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'kvist[plot]'") from None
-
-
-def parse_choices(text: str | None) -> tuple[int, ...] | None:
-    """Widths from --choices '2,3,4', ascending; None stays."""
-    try:
-        return None if text is None else tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"--choices is a list of widths such as 2,3,4, found {text!r}") from None

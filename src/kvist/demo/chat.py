@@ -6,8 +6,8 @@ dev/artifacts.py, so that the numbers do not change with every edit of those pag
 
 import random
 
-from kvist.calibrate.text import encode
 from kvist.demo.documents import ROOM, Document, Question
+from kvist.text import encode
 
 PAGE = ROOM / "page.txt"
 SCORED = 256  # last tokens of the document, whose next-token distributions are compared

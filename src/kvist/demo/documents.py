@@ -1,15 +1,18 @@
 """Documents with planted facts, and questions about them, in the forms that the bundled model was trained on.
 
 Everything follows from one seed. The text between the facts is ours: `text.txt` (sampled once from the model, see
-sample.py) and `notes.txt` (about caches).
+dev/sample.py) and `notes.txt` (about caches).
 """
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 ROOM = Path(__file__).parent
+# what the text between the facts may not hold: it could be taken for a fact
+FORBIDDEN = re.compile(r"[^A-Za-z ,.;:!?'\-]|pass key|magic|[Rr]emember|print|Chapter|CHAPTER|[A-Z]{3}|:$|\b\w+:")
 SHORTEST, LONGEST, SCORED = 1700, 1900, 256  # tokens
 PER_DOCUMENT = {"pass key": 1, "magic number": 4, "assignment": 4, "table": 3}
 TABLE_LINES = 24  # the model looks a word up best where the table ends the document, as in training

@@ -23,7 +23,7 @@ from kvist.cache.cache import Cache
 from kvist.demo.documents import Document
 from kvist.evaluate.contenders import cut, fill
 from kvist.evaluate.generation import ends, forward, states_of, steps
-from kvist.evaluate.tokenwise import Exact, Tokens, compared, joined
+from kvist.evaluate.tokenwise import Reference, Tokens, compared, joined
 from kvist.models.adapter import describe
 from kvist.plan import Recipe
 
@@ -65,7 +65,7 @@ class Read(NamedTuple):
 
     document: Document
     states: States
-    exact: Exact
+    exact: Reference
 
 
 def measure(
@@ -106,7 +106,7 @@ def read(model, document: Document) -> Read:
     forward(model, cache, ids[:, :first], mask[:, :first], 1)
     logits = forward(model, cache, ids[:, first:], mask)
     states = states_of(cache)
-    return Read(document, states, Exact(ids, mask, first, cut(states, first), logits))
+    return Read(document, states, Reference(ids, mask, first, cut(states, first), logits))
 
 
 @contextmanager

@@ -23,15 +23,18 @@ CAPTION = (
     f"{BASELINE}'s own KL is rounding: the same tokens at once, or {STEP} at a time."
 )
 MARKERS = "osD^vPX<>*hp"
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 LEAST = 1e-6  # nats: a KL below is rounding in fp32, and drawn as none
 
 
-def summary(model: str, documents: list[Document], results: list[Result], seed: int, dtypes: tuple[str, str]) -> dict:
+def summary(
+    model: str, documents: list[Document], results: list[Result], seed: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict:
     """Everything that is known about one run, as plain data. dtypes: what the model computes in, and what tokens that
     wait are kept in."""
     lengths = [len(document.ids) for document in documents]
     scored = sum(document.scored - 1 for document in documents)
-    first = results[0]
+    first, (computed, kept) = results[0], (TYPES.get(each, str(each)) for each in dtypes)
     half = first.nbytes * 16 / first.bits_per_element / 2**20 if first.bits_per_element else 0.0
     return {
         "kvist": __version__,
@@ -39,14 +42,14 @@ def summary(model: str, documents: list[Document], results: list[Result], seed: 
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "model": model,
-        "dtype": dtypes[0],
+        "dtype": computed,
         "seed": seed,
         "documents": len(documents),
         "questions": sum(len(document.questions) for document in documents),
         "shortest": min(lengths),
         "longest": max(lengths),
         "open": documents[0].open.text.strip(),
-        "caption": CAPTION.format(scored=scored, half=half, dtype=dtypes[0], kept=dtypes[1]),
+        "caption": CAPTION.format(scored=scored, half=half, dtype=computed, kept=kept),
         "results": [asdict(result) for result in results],
     }
 

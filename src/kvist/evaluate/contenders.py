@@ -21,8 +21,8 @@ from kvist.models.inject import rounded
 from kvist.plan import Recipe
 
 State = tuple[Tensor, Tensor] | CacheLayerMixin  # of a layer: keys and values (B, H, T, D), or what else it keeps
-Part = Literal["both", "keys", "values"]
-PARTS: tuple[Part, ...] = ("both", "keys", "values")
+Portion = Literal["both", "keys", "values"]
+PARTS: tuple[Portion, ...] = ("both", "keys", "values")
 EXACT = "exact"
 SINGLE = "batch 1"
 _TWINS: WeakKeyDictionary = WeakKeyDictionary()
@@ -37,7 +37,7 @@ class Contender:
     recipe: Recipe | None = None
     baseline: Baseline | None = None
     floor: str | None = None
-    part: Part = "both"
+    part: Portion = "both"
 
     @property
     def digest(self) -> str:
@@ -53,11 +53,11 @@ class Contender:
         return self.baseline.description if self.baseline else {}
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Portion, ...]:
         """What of it can be measured: a recipe that packs has two sides."""
         return PARTS if self.recipe and any(plan.packs for plan in self.recipe.layers) else PARTS[:1]
 
-    def of(self, part: Part) -> "Contender":
+    def of(self, part: Portion) -> "Contender":
         """The same with one side exact."""
         if part == "both" or self.recipe is None:
             return self
@@ -105,7 +105,7 @@ def parted(contenders: Sequence[Contender], parts: Sequence[str]) -> list[Conten
     return [each.of(part) for part in PARTS for each, own in zip(contenders, chosen, strict=True) if part in own]
 
 
-def one_side(recipe: Recipe, part: Part) -> Recipe:
+def one_side(recipe: Recipe, part: Portion) -> Recipe:
     """The recipe with keys or values alone coded; the other side is stored as it comes, in the same pages."""
     raw, name = Codec(levels=Raw(), grouping=Grouping(along="channels")), "value" if part == "keys" else "key"
     layers = []

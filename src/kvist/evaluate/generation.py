@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +23,10 @@ from transformers.cache_utils import DynamicLayer
 from kvist.attention import attach
 from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, State, bits, fill
+from kvist.evaluate.settings import Prefill
 from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument
 
-Prefill = Literal["exact", "stored"]
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "cross_attention", "dummy"}
 _FORGETS: WeakKeyDictionary = WeakKeyDictionary()
 

@@ -20,8 +20,9 @@ from kvist.cache.cache import Cache
 from kvist.evaluate.contenders import Contender, check
 from kvist.evaluate.definitions import harness
 from kvist.evaluate.results import described
+from kvist.evaluate.settings import Mode
 from kvist.evaluate.simulate import Simulated
-from kvist.evaluate.tokenwise import MODES, Mode, packed_bits
+from kvist.evaluate.tokenwise import MODES, packed_bits
 from kvist.methods import resolve
 from kvist.models.adapter import describe
 from kvist.models.compat import cache_argument

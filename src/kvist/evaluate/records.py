@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvist.calibrate.text import digest as digest_of
-from kvist.calibrate.text import encode
 from kvist.evaluate.definitions import harness_datasets
 from kvist.evaluate.generation import Prompt
+from kvist.text import digest as digest_of
+from kvist.text import encode
 
 
 def read(folder: str | Path, places: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvist import text
 from kvist.atomic import replacing
-from kvist.calibrate import text
 from kvist.evaluate import contenders
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.registry import Kind, Source, kind_of, kinds
 from kvist.evaluate.results import Cell, Results, Row
+from kvist.evaluate.settings import FromText
 from kvist.evaluate.statistics import Estimate, difference
 from kvist.evaluate.task import Task
-from kvist.evaluate.windows import SEQLEN, FromText
-from kvist.units import parse_count
+from kvist.evaluate.windows import SEQLEN
+from kvist.units import parse_counts
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,17 @@ def _texts(data: str, data_dir: Path | None, split: str) -> list[str]:
 
 def _options(kind: Kind, own: Sequence[str], given: Mapping[str, Any]) -> Any:
     """A task's options from its own words, and from those given for all tasks that it has."""
-    known = {each.name: each.type for each in fields(kind.options)}
+    known = {each.name: each for each in fields(kind.options)}
     values = {name: value for name, value in given.items() if name in known and value is not None}
     for word in own:
         name, equals, value = word.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in known:
             raise ValueError(f"{kind.name} has no option {word!r}; it has: {', '.join(known) or 'none'}")
-        values[name] = [parse_count(n) for n in value.split(",")] if get_origin(known[name]) is tuple else value
+        each = known[name]
+        flag = each.metadata.get("flag")
+        parse = flag.parse if flag else parse_counts if get_origin(each.type) is tuple else None
+        values[name] = parse(value) if parse else value
     try:
         return TypeAdapter(kind.options).validate_python(values)
     except ValidationError as error:

@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class Subject(NamedTuple):
     """The model that is measured: its name and fingerprint, the outliers planted in it, and their seed."""
 
     model: Any
@@ -68,13 +68,13 @@ class Place(NamedTuple):
     seed: int = 0
 
     @classmethod
-    def of(cls, model, stress: str = "none", seed: int = 0) -> "Place":
+    def of(cls, model, stress: str = "none", seed: int = 0) -> "Subject":
         return cls(model, f"{describe(model).identity.name}-{fingerprint(model)[:16]}", stress, seed)
 
 
 def run(
     task: Task,
-    place: Place,
+    subject: Subject,
     contenders: Sequence[Contender],
     results: Results,
     items: Sequence[int] | None = None,
@@ -86,8 +86,8 @@ def run(
     for contender in contenders:
         if task.recipes_only and contender.recipe is None:
             raise ValueError(f"{task.name} needs a recipe, and {contender.name} is none; leave it to other tasks")
-        check(contender, place.model)
-    facts = [_facts(task, place, contender) for contender in contenders]
+        check(contender, subject.model)
+    facts = [_facts(task, subject, contender) for contender in contenders]
     cells = [cell_of(each) for each in facts]
     items = range(task.count) if items is None else items
     missing = [
@@ -100,7 +100,7 @@ def run(
     for wanted in dict.fromkeys(missing):
         group = [i for i, items in enumerate(missing) if items == wanted]
         for some in _batches(task, wanted):
-            for found in task.measure(place.model, [contenders[i] for i in group], some):
+            for found in task.measure(subject.model, [contenders[i] for i in group], some):
                 facts_ = facts[group[found.contender]]
                 results.add(Row(**facts_, bits=found.bits, items=some, values=found.values, seconds=found.seconds))
                 done += len(some)
@@ -121,21 +121,21 @@ def _batches(task: Task, wanted: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield items[start : start + task.batch]
 
 
-def _facts(task: Task, place: Place, contender: Contender) -> dict[str, Any]:
+def _facts(task: Task, subject: Subject, contender: Contender) -> dict[str, Any]:
     """All of a row but what is measured."""
     return {
         "task": task.name,
         "metric": task.metric,
         "settings": task.settings,
-        "model": place.name,
-        "dtype": str(place.model.dtype).removeprefix("torch."),
-        "device": device(place.model),
-        "stress": place.stress,
+        "model": subject.name,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": device(subject.model),
+        "stress": subject.stress,
         "method": contender.name,
         "recipe": contender.description,
         "digest": contender.digest,
         "part": contender.part,
-        "seed": place.seed,
+        "seed": subject.seed,
         "versions": {"kvist": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

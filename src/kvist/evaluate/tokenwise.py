@@ -8,7 +8,7 @@ within one pass, as published tables are made: no window, no storage. These are 
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from transformers import DynamicCache
 
 from kvist.evaluate.contenders import Contender, State, bits, fill, packed
 from kvist.evaluate.generation import check_chunks, forward, living, read, states_of, steps, whole
+from kvist.evaluate.settings import Mode
 from kvist.evaluate.simulate import Simulated
 from kvist.models.adapter import Model, describe
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
-Mode = Literal["simulated", "stored"]
 MODES: tuple[str, ...] = get_args(Mode)
 CHUNK = 1 << 19  # logits compared at a time: their fp32 copies fit a core's cache
 
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
     seconds: float
 
 
-class Exact(NamedTuple):
+class Reference(NamedTuple):
     """Of windows (B, L): ids; mask int64 (B, L), 0 for padding; keys and values of the first `prompt` tokens; exact
     logits (B, T, vocabulary) of the T = L - prompt tokens behind."""
 
@@ -58,7 +58,7 @@ class Exact(NamedTuple):
 
 
 @torch.no_grad()
-def exact(model, ids: Tensor, prompt: int = 0, chunk: int = 8192, padding: int = 0) -> Exact:
+def exact(model, ids: Tensor, prompt: int = 0, chunk: int = 8192, padding: int = 0) -> Reference:
     """The exact side of windows int64 (B, L): once for all contenders. `padding` slots are put on the left of each
     row; the prompt is read in chunks."""
     check_chunks(model)
@@ -66,15 +66,15 @@ def exact(model, ids: Tensor, prompt: int = 0, chunk: int = 8192, padding: int =
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
     if prompt == 0 and not padding:
-        return Exact(ids, mask, 0, [], model(ids, use_cache=False).logits)
+        return Reference(ids, mask, 0, [], model(ids, use_cache=False).logits)
     cache, first = DynamicCache(config=model.config), prompt + padding
     read(model, cache, ids[:, :first], mask[:, :first], chunk)
     states = states_of(cache)
-    return Exact(ids, mask, first, states, forward(model, cache, ids[:, first:], mask))
+    return Reference(ids, mask, first, states, forward(model, cache, ids[:, first:], mask))
 
 
 @torch.no_grad()
-def score(model, known: Exact, contenders: Sequence[Contender], mode: Mode, step: int | None) -> Iterator[Scores]:
+def score(model, known: Reference, contenders: Sequence[Contender], mode: Mode, step: int | None) -> Iterator[Scores]:
     """Every contender on what is known exactly. ValueError for a mode or a step that does not go with the prompt."""
     if mode not in MODES:
         raise ValueError(f"a mode is {' or '.join(map(repr, MODES))}, found {mode!r}")
@@ -91,7 +91,7 @@ def score(model, known: Exact, contenders: Sequence[Contender], mode: Mode, step
             yield _stored(model, i, contender, known, step)
 
 
-def _stored(model, i: int, contender: Contender, known: Exact, step: int | None) -> Scores:
+def _stored(model, i: int, contender: Contender, known: Reference, step: int | None) -> Scores:
     batch, length = known.ids.shape
     parts, behind, began, start = [], [], time.perf_counter(), known.prompt
     # in one update every query reads the whole cache: one decode for all is faster than packed attention
@@ -106,7 +106,7 @@ def _stored(model, i: int, contender: Contender, known: Exact, step: int | None)
     return Scores(i, joined(parts), torch.cat(behind), size, time.perf_counter() - began)
 
 
-def _simulated(model, i: int, contender: Contender, known: Exact) -> Scores:
+def _simulated(model, i: int, contender: Contender, known: Reference) -> Scores:
     if contender.recipe is None:
         raise ValueError(f"mode 'simulated' needs a recipe, and {contender.name} is none")
     began = time.perf_counter()
@@ -116,7 +116,7 @@ def _simulated(model, i: int, contender: Contender, known: Exact) -> Scores:
     return Scores(i, tokens, torch.ones(tokens.kl.shape[1], dtype=torch.bool), size, time.perf_counter() - began)
 
 
-def _floor(model, i: int, contender: Contender, known: Exact) -> Scores:
+def _floor(model, i: int, contender: Contender, known: Reference) -> Scores:
     """Nothing quantized: the same windows in another precision, or one row at a time."""
     began, size = time.perf_counter(), 8.0 * model.dtype.itemsize
     twin = contender.twin(model)
@@ -126,7 +126,7 @@ def _floor(model, i: int, contender: Contender, known: Exact) -> Scores:
     return Scores(i, tokens, torch.zeros(tokens.kl.shape[1], dtype=torch.bool), size, time.perf_counter() - began)
 
 
-def compared(known: Exact, logits: Tensor, start: int) -> Tokens:
+def compared(known: Reference, logits: Tensor, start: int) -> Tokens:
     """Logits (B, n, vocabulary) of tokens start, start + 1, … of the windows against the exact ones. The last token of
     a window has no successor and is not scored. In fp32, summed in fp64."""
     first = start - known.prompt

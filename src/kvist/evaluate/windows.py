@@ -1,13 +1,13 @@
 """Windows of a text, which several tasks score: the options that choose them, and what is kept of each."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kvist.calibrate import text
+from kvist import text
 from kvist.evaluate.registry import Source
+from kvist.evaluate.settings import Chunked, FromWindows
 
 STEP = 32  # tokens per update, of which none is packed before the next update begins
 SEQLEN = 2048
@@ -15,26 +15,8 @@ BUCKET = 64  # tokens whose mean is a point of a curve
 
 
 @dataclass(frozen=True)
-class FromText:
-    """A text, as `kvist.calibrate.text.texts` finds it."""
-
-    data: str = "wikitext2"
-    data_dir: Path | None = None
-    split: str = "test"
-
-
-@dataclass(frozen=True)
-class Windowed(FromText):
-    """windows: of a text, 0 for all; seqlen: tokens of each; prompt: tokens of each whose keys and values are exact
-    when attention sees them; step: tokens per update behind it; chunk: tokens of a prompt read together; batch: windows
-    that go through the model together. 0 or None: what suits the task."""
-
-    windows: int = 16
-    seqlen: int = 0
-    prompt: int | None = None
-    step: int | None = None
-    chunk: int = 8192
-    batch: int = 1
+class Windowed(Chunked, FromWindows):
+    """Windows of a text, and what of them goes through the model together; 0 or None: what suits the task."""
 
     def length(self, source: Source, usual: int = SEQLEN) -> int:
         """Tokens of a window."""

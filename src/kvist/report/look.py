@@ -27,7 +27,7 @@ INK = "#1d2329"
 PLAIN = re.compile(r"(?:QuantizedCache )?([a-z][a-z-]*?):?(\d+)(?: \(control\))?")
 
 
-class Look(NamedTuple):
+class Style(NamedTuple):
     """family, its colour; digit: the bits in a plain name such as "kivi:2", or "" for a variant of its family; label:
     what a variant is called beside its family."""
 
@@ -37,16 +37,16 @@ class Look(NamedTuple):
     label: str
 
 
-def look(method: str) -> Look:
+def look(method: str) -> Style:
     """Of a method's name. The same name looks the same in all figures."""
     plain = PLAIN.fullmatch(method)
     family = plain[1] if plain else re.split(r"[:,\s(=]", method.removeprefix("QuantizedCache "))[0]
     if not plain and (bits := re.fullmatch(r"(int)\d+", family)):
         family = bits[1]
     if family == EXACT:
-        return Look(family, INK, "", EXACT)
+        return Style(family, INK, "", EXACT)
     colour = FAMILIES.get(family) or OTHERS[sum(family.encode()) % len(OTHERS)]
-    return Look(family, colour, plain[2] if plain else "", method.removeprefix("QuantizedCache "))
+    return Style(family, colour, plain[2] if plain else "", method.removeprefix("QuantizedCache "))
 
 
 def order(method: str) -> tuple:

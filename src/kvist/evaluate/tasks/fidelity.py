@@ -11,9 +11,10 @@ from torch import Tensor
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.measures import KL, LIKELIHOOD, Curves, Section, Statistic, Values, average
 from kvist.evaluate.registry import Source, task
+from kvist.evaluate.settings import Mode, Moded, OfLengths
 from kvist.evaluate.statistics import Estimate, mean, perplexity
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tokenwise import Mode, Scores, exact, score
+from kvist.evaluate.tokenwise import Scores, exact, score
 from kvist.evaluate.windows import BUCKET, STEP, OfWindows, Text, Windowed, curve
 
 LAST = 256  # tokens scored at the end of long windows
@@ -142,17 +143,13 @@ PERPLEXITY = Statistic(
 
 
 @dataclass(frozen=True)
-class Options(Windowed):
-    """mode: what a living cache holds ("stored", the default), or all tokens in one pass, as published."""
-
-    mode: Mode | None = None
+class Options(Moded, Windowed):
+    """Windows, and how they are scored."""
 
 
 @dataclass(frozen=True)
-class LongOptions(Options):
-    """lengths: of windows, of each the last 256 tokens are scored; then `seqlen` does not count."""
-
-    lengths: tuple[int, ...] = ()
+class LongOptions(OfLengths, Options):
+    """Where lengths are given, `seqlen` does not count."""
 
 
 @task(

@@ -9,10 +9,11 @@ from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.generation import Prefill, Prompt, generate
+from kvist.evaluate.generation import Prompt, generate
 from kvist.evaluate.measures import average
 from kvist.evaluate.records import chatted, need_template, split
 from kvist.evaluate.registry import Source, task
+from kvist.evaluate.settings import Asked, FewShot, Kept, Prefill
 from kvist.evaluate.task import Measured
 
 DEFINITION = "gsm8k"
@@ -117,15 +118,8 @@ def _scorer() -> Any:
 
 
 @dataclass(frozen=True)
-class Options:
-    """data_dir: where eval/gsm8k lies; shots: solved problems before each; chat: through the model's chat template."""
-
-    data_dir: Path | None = None
-    shots: int = 5
-    chat: bool = False
-    prefill: Prefill = "exact"
-    chunk: int = 8192
-    batch: int = 1
+class Options(FewShot, Asked, Kept):
+    """The data lie in eval/gsm8k."""
 
 
 @task(
@@ -136,4 +130,5 @@ class Options:
     rescored=rescored,
 )
 def gsm8k(options: Options, source: Source) -> list[GSM8K]:
-    return [GSM8K(source.tokenizer, source.longest, **vars(options))]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return [GSM8K(source.tokenizer, source.longest, **given)]

@@ -14,8 +14,8 @@ from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
 from kvist.evaluate.records import chatted, need_template
 from kvist.evaluate.registry import Source, task
+from kvist.evaluate.settings import Batched, Defined, FewShot, Mode, Moded
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tokenwise import Mode
 
 PREFIX = "lm-eval:"
 PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "num_fewshot")  # no part of what is asked
@@ -191,15 +191,8 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Options:
-    """shots: examples before a question, by default the task's; chat: through the model's chat template; mode: how
-    log-likelihoods are taken; tasks_dir: a folder with definitions of one's own."""
-
-    shots: int | None = None
-    chat: bool = False
-    mode: Mode | None = None
-    tasks_dir: Path | None = None
-    batch: int = 1
+class Options(Defined, FewShot, Batched, Moded):
+    """mode: how log-likelihoods are taken."""
 
 
 @task(

@@ -22,7 +22,7 @@ from kvist.evaluate.measures import Curves, Dots, Numbers, Section, Statistic, V
 from kvist.evaluate.registry import Source, task
 from kvist.evaluate.statistics import Estimate, mean
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tokenwise import Exact, compared, exact, score
+from kvist.evaluate.tokenwise import Reference, compared, exact, score
 from kvist.evaluate.windows import BUCKET, STEP, OfWindows, Text, Windowed, curve
 
 HORIZON = 1500  # tokens of a window
@@ -74,14 +74,14 @@ class Horizon(OfWindows):
             yield Measured(found.contender, found.bits, found.seconds + time.perf_counter() - began, values)
 
     @torch.no_grad()
-    def _states(self, model, known: Exact) -> list[State]:
+    def _states(self, model, known: Reference) -> list[State]:
         """What whole windows leave in each layer, exactly."""
         cache = DynamicCache(config=model.config)
         read(model, cache, known.ids, known.mask, self.chunk)
         return states_of(cache)
 
     @torch.no_grad()
-    def _at_once(self, model, contender: Contender, known: Exact, states, step: int) -> Tensor:
+    def _at_once(self, model, contender: Contender, known: Reference, states, step: int) -> Tensor:
         """Divergence (B, probe) of the tokens after `step` decoded ones, all history quantized in one update."""
         start = known.prompt + step
         ids, parts = known.ids[:, : start + self.probe], []
@@ -93,7 +93,7 @@ class Horizon(OfWindows):
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def _written(self, model, known: Exact) -> tuple[Tensor, list[State], Tensor]:
+    def _written(self, model, known: Reference) -> tuple[Tensor, list[State], Tensor]:
         """The first half of each window (B, P), what it leaves in each layer, and the text that the exact model writes
         behind it (B, free), greedily."""
         ids = known.ids[:, : known.ids.shape[1] // 2]

@@ -9,9 +9,10 @@ from typing import Any
 
 from kvist.evaluate import definitions, records
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.generation import Prefill, Prompt, generate
+from kvist.evaluate.generation import Prompt, generate
 from kvist.evaluate.records import chatted, need_template, split, tokens, without_middle
 from kvist.evaluate.registry import Source, task
+from kvist.evaluate.settings import Asked, Chatty, Kept, Prefill
 from kvist.evaluate.task import Measured
 
 FOLDER = "longbench"
@@ -165,14 +166,8 @@ def _scorer(dataset: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Options:
-    """data_dir: where eval/longbench lies; chat: through the model's chat template, where the benchmark does."""
-
-    data_dir: Path | None = None
-    chat: bool = False
-    prefill: Prefill = "exact"
-    chunk: int = 8192
-    batch: int = 1
+class Options(Chatty, Asked, Kept):
+    """The data lie in eval/longbench; a chat template is used where the benchmark uses one."""
 
 
 def _every(options: Options, source: Source, extended: bool) -> list[LongBench]:

@@ -17,7 +17,7 @@ from kvist.evaluate.generation import living, steps, whole
 from kvist.evaluate.measures import Dots, Section, average, column
 from kvist.evaluate.registry import Source, task
 from kvist.evaluate.task import Measured
-from kvist.evaluate.tokenwise import Exact, compared, exact
+from kvist.evaluate.tokenwise import Reference, compared, exact
 from kvist.evaluate.windows import STEP, OfWindows, Text, Windowed
 from kvist.models.adapter import describe
 
@@ -63,7 +63,7 @@ class Nuisance(OfWindows):
                 values[f"shift_{factor}"] = [changed - base]
             yield Measured(i, size, 0.0, values)
 
-    def _logits(self, model, contender: Contender, known: Exact) -> tuple[Tensor, float]:
+    def _logits(self, model, contender: Contender, known: Reference) -> tuple[Tensor, float]:
         """A contender's logits (B, T, vocabulary) behind the prompt, and its bits."""
         batch, length = known.ids.shape
         with living(model, contender, length) as cache:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from kvist.calibrate.text import BLANK, WIDE, digest, encode
 from kvist.evaluate import questions
 from kvist.evaluate.contenders import Contender
-from kvist.evaluate.generation import Prefill, Prompt, generate
+from kvist.evaluate.generation import Prompt, generate
 from kvist.evaluate.measures import Maps, Section
 from kvist.evaluate.questions import Question
 from kvist.evaluate.registry import Source, task
+from kvist.evaluate.settings import Asked, FromText, Planted, Prefill
 from kvist.evaluate.task import Measured
-from kvist.evaluate.windows import FromText
+from kvist.text import BLANK, WIDE, digest, encode
 
 DEEP = ("passkey", "needle")
 ROOM = 128  # tokens for a question and its answer
@@ -177,17 +177,8 @@ def _nearest(ends: list[int], wanted: float) -> int:
 
 
 @dataclass(frozen=True)
-class Options:
-    """lengths: of contexts in tokens, by default quarters of what the model knows; depths: how many, from the start to
-    the end; samples: per length and depth; prefill: how a context is read; chunk: tokens of it at a time."""
-
-    lengths: tuple[int, ...] = ()
-    depths: int = 5
-    samples: int = 4
-    seed: int = 0
-    prefill: Prefill = "exact"
-    chunk: int = 8192
-    batch: int = 1
+class Options(Asked, Planted):
+    """lengths: by default quarters of what the model knows."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Cell(NamedTuple):
         return max(rings, parts, merged)
 
 
-def cell(key: Traits, value: Traits, q: Tensor, heads: int, call: Decode) -> Cell:
+def cell_of(key: Traits, value: Traits, q: Tensor, heads: int, call: Decode) -> Cell:
     """The cell of a call that `serves` has let through."""
     dim = q.shape[3]
     return Cell(
@@ -104,13 +104,13 @@ def macros_of(tuning: Tuning) -> dict[str, int]:
 
 
 @cache
-def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None, counted: bool = False) -> bytes:
+def compiled(cell: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = None, counted: bool = False) -> bytes:
     """Machine code for sm_`arch`, or PTX; needs NVRTC and no GPU. counted: of whole packed spans alone, which is no
     kernel. Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
-    tuning = tuning or made.tuning
-    macros = made._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0)) | {"COUNTED": int(counted)}
+    tuning = tuning or cell.tuning
+    macros = cell._asdict() | macros_of(tuning if arch >= 90 else tuning._replace(copies=0)) | {"COUNTED": int(counted)}
     options = [f"-D{name}={number}" for name, number in macros.items()]
     options += [f"--gpu-architecture={'compute' if ptx else 'sm'}_{arch}", "--std=c++17"]
     headers, names = [(FOLDER / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
@@ -131,7 +131,7 @@ def compiled(made: Cell, arch: int, ptx: bool = False, tuning: Tuning | None = N
 def compile_ahead(cells: Iterable[Cell], arch: int) -> None:
     """Compile several cells side by side; what fails is told when it is asked for."""
     with ThreadPoolExecutor() as pool:
-        for task in [pool.submit(compiled, made, arch) for made in dict.fromkeys(cells)]:
+        for task in [pool.submit(compiled, cell, arch) for cell in dict.fromkeys(cells)]:
             task.exception()
 
 
@@ -141,11 +141,11 @@ def _ok(answer: tuple) -> tuple:
     return answer
 
 
-def fitted(made: Cell, tuning: Tuning, block: int, multiprocessor: int) -> Tuning:
+def fitted(cell: Cell, tuning: Tuning, block: int, multiprocessor: int) -> Tuning:
     """As many warps and blocks as shared memory holds: bytes of a block and of a multiprocessor, at most."""
-    while tuning.warps > 1 and made.shared(tuning) + STATIC > block:
+    while tuning.warps > 1 and cell.shared(tuning) + STATIC > block:
         tuning = tuning._replace(warps=tuning.warps // 2)
-    return tuning._replace(blocks=max(1, min(tuning.blocks, multiprocessor // (made.shared(tuning) + STATIC))))
+    return tuning._replace(blocks=max(1, min(tuning.blocks, multiprocessor // (cell.shared(tuning) + STATIC))))
 
 
 class Loaded(NamedTuple):
@@ -158,16 +158,16 @@ class Loaded(NamedTuple):
 
 
 @cache
-def _loaded(made: Cell, device: int, tuning: Tuning | None = None) -> Loaded:
+def _loaded(cell: Cell, device: int, tuning: Tuning | None = None) -> Loaded:
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     chip = torch.cuda.get_device_properties(device)
     most = chip.shared_memory_per_block_optin, chip.shared_memory_per_multiprocessor
-    tuning = fitted(made, tuning or made.tuning, *most)
+    tuning = fitted(cell, tuning or cell.tuning, *most)
     grid = chip.multi_processor_count * tuning.blocks
-    shared = made.shared(tuning, grid)
+    shared = cell.shared(tuning, grid)
     major, minor = torch.cuda.get_device_capability(device)
-    _, module = _ok(driver.cuModuleLoadData(compiled(made, 10 * major + minor, tuning=tuning)))
+    _, module = _ok(driver.cuModuleLoadData(compiled(cell, 10 * major + minor, tuning=tuning)))
     _, function = _ok(driver.cuModuleGetFunction(module, b"decode"))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _ok(driver.cuFuncSetAttribute(function, attribute, shared))
@@ -201,18 +201,18 @@ class Call(ctypes.Structure):
 def _side(stored: Stored, exact: Exact) -> Side:
     constants = stored.constants
     arrays = *(stored.arrays.get(name) for name in ("codes", "scale", "offset")), stored.table, exact.sinks, exact.ring
-    known = constants.points, constants.scale, constants.offset
-    return Side(*(0 if x is None else x.data_ptr() for x in (*arrays, *known)))
+    numbers = constants.points, constants.scale, constants.offset
+    return Side(*(0 if x is None else x.data_ptr() for x in (*arrays, *numbers)))
 
 
 def prepared(
-    made: Cell, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode, blocks: int
+    cell: Cell, q: Tensor, k: Stored, v: Stored, k_exact: Exact, v_exact: Exact, call: Decode, blocks: int
 ) -> tuple[Call, Tensor, tuple]:
     """The argument, the output, and what must live until the launch is made."""
     q, out = q.contiguous(), torch.empty(*q.shape, dtype=q.dtype, device=q.device)
     slots = 2 * blocks
-    scratch = torch.empty(slots * (16 + made.ROWS * made.D), dtype=torch.float32, device=q.device)
-    top, total, part = scratch.split_with_sizes([8 * slots, 8 * slots, slots * made.ROWS * made.D])
+    scratch = torch.empty(slots * (16 + cell.ROWS * cell.D), dtype=torch.float32, device=q.device)
+    top, total, part = scratch.split_with_sizes([8 * slots, 8 * slots, slots * cell.ROWS * cell.D])
     sink = None if call.sink is None else call.sink.float().contiguous()
     pointers = (x.data_ptr() for x in (q, out, part, top, total, call.counters))
     numbers = call.scale, call.softcap or 0.0
@@ -228,11 +228,11 @@ def decode(
     tuning: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     """See `choose`: STEP, of a request that `serves` lets through. tuning: for measurements; None is the cell's own."""
-    made = cell(key, value, q, k_exact.ring.shape[1], call)
+    cell = cell_of(key, value, q, k_exact.ring.shape[1], call)
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
-    loaded = _loaded(made, q.device.index or 0, tuning)
-    argument, out, _alive = prepared(made, q, k, v, k_exact, v_exact, call, loaded.grid)
+    loaded = _loaded(cell, q.device.index or 0, tuning)
+    argument, out, _alive = prepared(cell, q, k, v, k_exact, v_exact, call, loaded.grid)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
     stream = torch.cuda.current_stream(q.device).cuda_stream
     grid, block = (loaded.grid, 1, 1), (32 * loaded.tuning.warps, 1, 1)

@@ -7,7 +7,7 @@ from functools import partial
 from kvist.kernels.contract import MOST_CELLS, MOST_QUERIES, Operation, Request
 from kvist.kernels.cuda.attend import TYPES, decode
 
-LADDERS = {"uniform": (1, 2, 3, 4, 8), "table": (2, 3, 4)}  # levels: bits
+LEVELS = {"uniform": (1, 2, 3, 4, 8), "table": (2, 3, 4)}  # levels: bits
 GROUPS = (32, 64, 128)  # tokens or channels that share a range
 DIMS = (64, 128)
 ROWS = 8  # query rows per KV head: the width of a tensor core's tile
@@ -28,7 +28,7 @@ def _stored(request: Request) -> list[str]:
     """Of how keys and values lie."""
     reasons, (key, value) = [], request.sides
     for side, traits in request.named():
-        if traits.bits not in LADDERS.get(traits.levels, ()):
+        if traits.bits not in LEVELS.get(traits.levels, ()):
             reasons.append(f"{side} are neither uniform numbers of 1, 2, 3, 4 or 8 bits nor tables of 2, 3 or 4")
         if traits.range != "minmax" and (side, traits.range) != ("keys", "fixed"):
             reasons.append(f"{side} have a range of kind {traits.range}")

@@ -1,18 +1,73 @@
 """Queries meet keys, and scores become weights: what packed and loose tokens share in Triton decode attention."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kvist.kernels.triton.tiles import angles, decoded, first_of, hadamard, second_of, slice_channels
+from kvist.kernels.triton.side import decoded
+from kvist.kernels.triton.tiles import angles, channel_of, hadamard, slice_channels
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that differences are numbers
 
 
+class Call(NamedTuple):
+    """What a launch is given beside its sides, of `contract.Decode`. q (B, H·ROWS, D); out (B, H·ROWS, Dv); logits: its
+    sink, fp32; sinks, pins: loose tokens of a row that are sinks or pins; k_pins, v_pins: pins that each side keeps."""
+
+    q: Tensor
+    out: Tensor
+    state: Tensor
+    skip: Tensor | None
+    pinned: Tensor | None
+    logits: Tensor | None
+    scale: float
+    sinks: int
+    pins: int
+    k_pins: int
+    v_pins: int
+
+
+class Shape(NamedTuple):
+    """What a launch is compiled for beside its sides. rows: of queries per KV head, `queries` of each query head;
+    columns: room for rows in a program; merged: as many of them as hold any; tile: packed tokens multiplied at a time;
+    softcap: 0 for none."""
+
+    rows: int
+    queries: int
+    columns: int
+    merged: int
+    tile: int
+    softcap: float
+
+
+class Place(NamedTuple):
+    """Where a program works: row b and KV head; query rows `columns` (M,), those that are `real`; where those of the
+    head start in `Call.q`, and those of its sums in `Parts.out`."""
+
+    b: object
+    head: object
+    columns: object
+    real: object
+    queries: object
+    sums: object
+
+
+class Widths(NamedTuple):
+    """Numbers that change as a context grows: tokens of a ring, columns of the page tables and of the skip mask."""
+
+    capacity: object
+    k: object
+    v: object
+    skip: object
+
+
 @triton.jit
 def soften(s, seen, top, total, SOFTCAP: tl.constexpr):
     """Scores (T, M) to weights 2^(s - top'), with the new maximum (M,), the sums (T, M) not yet added up over T, and
-    what old sums fade by (M,)."""
+    what old sums fade by (M,): a step of an online softmax."""
     if SOFTCAP > 0:
         nat = s / (SOFTCAP * LOG2E)
         s = (1.0 - 2.0 / (tl.exp(2.0 * nat) + 1.0)) * (SOFTCAP * LOG2E)
@@ -24,76 +79,66 @@ def soften(s, seen, top, total, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _turned(q, base, head_columns, real, F: tl.constexpr, d):
-    """Rows d (N,) of the block Hadamard matrix times the queries (N, M), fp32."""
-    channel = tl.arange(0, F.padded)
-    inside = real[None, :] & (channel < F.dim)[:, None]
-    whole = tl.load(q + base + head_columns[None, :] * F.dim + channel[:, None], mask=inside, other=0.0).to(tl.float32)
-    return tl.dot(hadamard(d[:, None], channel[None, :], F.hadamard), whole, input_precision="tf32x3")
+def exact_query(q, place, d, F: tl.constexpr):
+    """Channels d (N,) of the queries as they are given, (N, M), in their own type."""
+    inside = place.real[None, :] & (d < F.dim)[:, None]
+    return tl.load(q + place.queries + place.columns[None, :] * F.dim + d[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
-def _query(q, base, columns, real, d, turned: tl.constexpr, F: tl.constexpr):
-    """Channels d (N,) of the queries, (N, M), fp32; `turned`: in the space of the packed keys."""
-    if turned and F.hadamard > 0:
-        found = _turned(q, base, columns, real, F, d)
+def _stored_query(q, place, d, F: tl.constexpr):
+    """The same in the space that keys are stored in, fp32."""
+    if F.hadamard > 0:  # rows d of the block Hadamard matrix times the queries
+        channel = tl.arange(0, F.padded)
+        whole = exact_query(q, place, channel, F).to(tl.float32)
+        return tl.dot(hadamard(d[:, None], channel[None, :], F.hadamard), whole, input_precision="tf32x3")
     else:
-        inside = real[None, :] & (d < F.dim)[:, None]
-        found = tl.load(q + base + columns[None, :] * F.dim + d[:, None], mask=inside, other=0.0).to(tl.float32)
-    return found
+        return exact_query(q, place, d, F).to(tl.float32)
 
 
 @triton.jit
-def packed_query(q, base, columns, real, F: tl.constexpr, FOLDED: tl.constexpr, P2: tl.constexpr, REST: tl.constexpr):
-    """The queries as packed keys meet them: slices for `folded_scores`, or what `_dense_scores` takes."""
-    found = ()
+def packed_query(q, place, F: tl.constexpr, FOLDED: tl.constexpr):
+    """The queries as packed keys meet them, slices for `folded_scores` or what `dense_scores` takes, divided by the
+    largest of each row; and that (M,), 1 where all are 0."""
+    parts = ()
     if FOLDED:
         for j in tl.static_range(F.dim * F.low // 8 // F.block):
             for i in tl.static_range(16 // F.low):
-                found = found + (_query(q, base, columns, real, slice_channels(j, i, F), True, F),)
+                parts = parts + (_stored_query(q, place, slice_channels(j, i, F), F),)
     elif F.pairs == 0:
-        found = found + (_query(q, base, columns, real, tl.arange(0, F.padded), True, F),)
+        parts = parts + (_stored_query(q, place, tl.arange(0, F.padded), F),)
     else:
-        pair = tl.arange(0, P2)
-        found = found + (_query(q, base, columns, real, first_of(pair, F), True, F),)
-        found = found + (_query(q, base, columns, real, second_of(pair, F), True, F),)
+        pair = tl.arange(0, F.pair_tile)
+        parts = parts + (_stored_query(q, place, channel_of(pair, 0, F), F),)
+        parts = parts + (_stored_query(q, place, channel_of(pair, 1, F), F),)
         if 2 * F.pairs < F.dim:
-            found = found + (_query(q, base, columns, real, 2 * F.pairs + tl.arange(0, REST), True, F),)
-    return found
+            parts = parts + (_stored_query(q, place, 2 * F.pairs + tl.arange(0, F.rest_tile), F),)
+    peak = tl.max(tl.abs(parts[0]), 0)
+    for i in tl.static_range(1, len(parts)):
+        peak = tl.maximum(peak, tl.max(tl.abs(parts[i]), 0))
+    peak = tl.where(peak > 0, peak, 1.0)
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] * (1.0 / peak)[None, :],)
+    return scaled, peak
 
 
 @triton.jit
-def peak(q):
-    """The largest size of any part of the queries (M,), 1 where all are 0."""
-    high = tl.max(tl.abs(q[0]), 0)
-    for i in tl.static_range(1, len(q)):
-        high = tl.maximum(high, tl.max(tl.abs(q[i]), 0))
-    return tl.where(high > 0, high, 1.0)
-
-
-@triton.jit
-def scaled(q, factor):
-    found = ()
-    for i in tl.static_range(len(q)):
-        found = found + (q[i] * factor[None, :],)
-    return found
-
-
-@triton.jit
-def dense_scores(K, q, r, page, slot, position, ok, head, F: tl.constexpr):
+def dense_scores(S, q, at, position):
     """q·k (T, M) of packed keys decoded one by one; q: all channels, or the first and second of each rotated pair and
-    the rest, times r."""
+    the rest, at most 1 in size: as halves they are 1024 times as large, so that few become subnormal."""
+    F: tl.constexpr = S.form
     if F.pairs == 0:
-        x = decoded(K, page, slot, ok, head, tl.arange(0, F.padded), F)
-        s = tl.dot(x.to(tl.float16), (q[0] * r).to(tl.float16))
+        x = decoded(S, at, tl.arange(0, F.padded))
+        s = tl.dot(x.to(tl.float16), (q[0] * 1024.0).to(tl.float16))
     else:
-        pair = tl.arange(0, q[0].shape[0])
-        a = decoded(K, page, slot, ok, head, first_of(pair, F), F)
-        b = decoded(K, page, slot, ok, head, second_of(pair, F), F)
-        cos, sin = angles(K, position[:, None], pair[None, :], F)
-        s = tl.dot((a * cos - b * sin).to(tl.float16), (q[0] * r).to(tl.float16))
-        s = tl.dot((b * cos + a * sin).to(tl.float16), (q[1] * r).to(tl.float16), s)
+        pair = tl.arange(0, F.pair_tile)
+        a = decoded(S, at, channel_of(pair, 0, F))
+        b = decoded(S, at, channel_of(pair, 1, F))
+        cos, sin = angles(S.constants.frequencies, position[:, None], pair[None, :], F)
+        s = tl.dot((a * cos - b * sin).to(tl.float16), (q[0] * 1024.0).to(tl.float16))
+        s = tl.dot((b * cos + a * sin).to(tl.float16), (q[1] * 1024.0).to(tl.float16), s)
         if 2 * F.pairs < F.dim:
-            x = decoded(K, page, slot, ok, head, 2 * F.pairs + tl.arange(0, q[2].shape[0]), F)
-            s = tl.dot(x.to(tl.float16), (q[2] * r).to(tl.float16), s)
-    return s / r
+            x = decoded(S, at, 2 * F.pairs + tl.arange(0, F.rest_tile))
+            s = tl.dot(x.to(tl.float16), (q[2] * 1024.0).to(tl.float16), s)
+    return s / 1024.0

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvist.kernels.contract import Constants, Traits
 from kvist.kernels.guard import on_its_device
-from kvist.kernels.triton.coding import EXACT, Coding, coding, compiled, kinds, parts, pointers, warps
+from kvist.kernels.triton.coding import EXACT, warps
 from kvist.kernels.triton.pack import code_tile
+from kvist.kernels.triton.side import coding, constant, side, tokens_at
 
 STATE = tl.constexpr(6)  # numbers per row
 
@@ -28,49 +29,35 @@ def _append(new, ring, line, slot, capacity, dim: tl.constexpr):
 
 
 @triton.jit
-def _pack(P, ring, table, due, row, head, job, width, capacity, page, C: tl.constexpr):
+def _pack(S, ring, capacity, width, due, row, head, job):
     """Tile number `job` of the tokens that `due` names: their first position, and how many they are."""
-    pieces: tl.constexpr = (C.dim // 8 + C.part - 1) // C.part
-    step: tl.constexpr = C.group if C.along_tokens else C.tile
+    F: tl.constexpr = S.form
     start, count = tl.load(due), tl.load(due + 1)
-    done = job // pieces * step
-    if (done < count) & (head < (1 if C.across else C.heads)):
-        t = tl.arange(0, C.tile)
-        real = (t < step) & (done + t < count)
+    done = job // F.pieces * F.step
+    if (done < count) & (head < (1 if F.across else F.heads)):
+        t = tl.arange(0, F.tile)
+        real = (t < F.step) & (done + t < count)
         position = start + done + t
-        at = (row.to(tl.int64) * C.heads * capacity + position % capacity) * C.dim
-        held = tl.load(table + row.to(tl.int64) * width + position // page, mask=real, other=0).to(tl.int64)
-        stride = tl.cast(capacity, tl.int64) * C.dim
-        code_tile(P, ring, at, stride, real, held, position % page, page, head, job % pieces * C.part, C)
+        at = tokens_at(S, row.to(tl.int64), width, position, real, head)
+        first = (row.to(tl.int64) * F.heads * capacity + position % capacity) * F.dim
+        code_tile(S, ring, first, tl.cast(capacity, tl.int64) * F.dim, at, job % F.pieces * F.part)
 
 
-@triton.jit
-def step_kernel(
-    K, V, new, rings, tables, state, k_width, v_width, capacity, page,
-    KC: tl.constexpr, VC: tl.constexpr, K_JOBS: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["capacity", "k_width", "v_width"])
+def step_kernel(K, V, new, rings, state, capacity, k_width, v_width, K_JOBS: tl.constexpr):
     """Programs (jobs, heads, rows): the first jobs pack keys, the next values, and the last one appends the token."""
     job, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     due = state + row * STATE
     if job < K_JOBS:
-        _pack(K, rings[0], tables[0], due + 1, row, head, job, k_width, capacity, page, KC)
+        _pack(K, rings[0], capacity, k_width, due + 1, row, head, job)
     elif job < tl.num_programs(0) - 1:
-        _pack(V, rings[1], tables[1], due + 3, row, head, job - K_JOBS, v_width, capacity, page, VC)
+        _pack(V, rings[1], capacity, v_width, due + 3, row, head, job - K_JOBS)
     else:
         position = tl.load(due)
         if position >= 0:
-            line = (row * KC.heads + head).to(tl.int64)
-            _append(new[0], rings[0], line, position % capacity, capacity, KC.dim)
-            _append(new[1], rings[1], line, position % capacity, capacity, VC.dim)
-
-
-def _uncounted(device: torch.device) -> tuple[Tensor, Tensor]:
-    count = torch.empty((), dtype=torch.int64, device=device)  # added to, and never read
-    return count, count
-
-
-def _jobs(c: Coding, most: int) -> int:
-    return -(-most // (c.group if c.along_tokens else c.tile)) * parts(c)
+            line = (row * K.form.heads + head).to(tl.int64)
+            _append(new[0], rings[0], line, position % capacity, capacity, K.form.dim)
+            _append(new[1], rings[1], line, position % capacity, capacity, V.form.dim)
 
 
 @on_its_device
@@ -87,27 +74,20 @@ def step(
     Numbers are whole groups, 0 packs nothing. most: as many tokens of each side may be due. clipped: int64, entries
     beyond fixed ranges are added to it.
     """
-    (batch, heads, capacity, dim), value_dim = rings[0].shape, rings[1].shape[3]
+    batch, heads, capacity, _ = rings[0].shape
     if not all(x.is_contiguous() for x in (*rings, *tables, state)) or state.shape != (batch, 6) or not capacity:
         raise ValueError(
             f"rings with room, page tables and a state of shape ({batch}, 6) must be contiguous, found rings of "
             f"{capacity} tokens and a state of shape {tuple(state.shape)}"
         )
-    k, v = coding(key, dim, heads, most[0], turn=True), coding(value, value_dim, heads, most[1], turn=True)
-    counted = clipped or _uncounted(state.device)
-    jobs = _jobs(k, most[0]), _jobs(v, most[1])
+    if clipped is None:
+        clipped = (torch.empty((), dtype=torch.int64, device=state.device),) * 2  # added to, and never read
+    given = zip((key, value), rings, most, strict=True)
+    forms = [coding(traits, ring.shape[3], heads, tokens, turn=True) for traits, ring, tokens in given]
+    given = zip(forms, pools, constants, clipped, tables, strict=True)
+    sides = [side(*x, constant(page), torch.int32, clipped=count, table=table) for *x, count, table in given]
+    jobs = [-(-tokens // form.step) * form.pieces for form, tokens in zip(forms, most, strict=True)]
     step_kernel[(sum(jobs) + 1, heads, batch)](
-        pointers(pools[0], constants[0], None, counted[0]), pointers(pools[1], constants[1], None, counted[1]),
-        (new_k.contiguous(), new_v.contiguous()), tuple(rings), tuple(tables), state,
-        tables[0].shape[1], tables[1].shape[1], capacity, page,
-        KC=k, VC=v, K_JOBS=jobs[0], num_warps=max(warps(k), warps(v)), **EXACT,
+        *sides, (new_k.contiguous(), new_v.contiguous()), tuple(rings), state, capacity,
+        tables[0].shape[1], tables[1].shape[1], K_JOBS=jobs[0], num_warps=max(map(warps, forms)), **EXACT,
     )  # fmt: skip
-
-
-def compile_step(arch: int, key: Coding, value: Coding, dtype: str = "fp16"):
-    """The kernel for `sm_arch`, without a GPU. dtype: of exact tokens, in Triton's words."""
-    pair = (f"*{dtype}",) * 2
-    types = {"K": kinds(key.low > 0, dtype), "V": kinds(value.low > 0, dtype), "new": pair, "rings": pair}
-    types |= {"tables": ("*i32",) * 2, "state": "*i32"}
-    fixed = {"KC": key, "VC": value, "K_JOBS": 1}
-    return compiled(step_kernel, arch, types, fixed, max(warps(key), warps(value)), ("page",))

@@ -47,13 +47,13 @@ def _wired(x, BITS: tl.constexpr):
 
 @triton.jit
 def _plain(x, BITS: tl.constexpr):
-    found = ()
+    numbers = ()
     for byte in tl.static_range(2):
         part = x >> (8 * byte)
         for field in tl.static_range(8 // BITS):
             code = part & (((1 << BITS) - 1) << (BITS * field))
-            found = found + (code.to(tl.int16).to(tl.float16, bitcast=True),)
-    return found
+            numbers = numbers + (code.to(tl.int16).to(tl.float16, bitcast=True),)
+    return numbers
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def halves(x, BITS: tl.constexpr):
 def _compare(x, out, BITS: tl.constexpr, WIRED: tl.constexpr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
     lanes = tl.load(x + at)
-    found = _wired(lanes, BITS) if WIRED else _plain(lanes, BITS)
+    numbers = _wired(lanes, BITS) if WIRED else _plain(lanes, BITS)
     for i in tl.static_range(16 // BITS):
-        tl.store(out + i * 65536 + at, found[i])
+        tl.store(out + i * 65536 + at, numbers[i])
 
 
 def compare_all() -> None:
@@ -77,8 +77,8 @@ def compare_all() -> None:
     difference."""
     lanes = torch.arange(65536, dtype=torch.int32).sub(32768).to(torch.int16).cuda()
     for bits in (1, 2, 4, 8):
-        found = [torch.empty(16 // bits, 65536, dtype=torch.float16, device="cuda") for _ in range(2)]
-        for out, wired in zip(found, (True, False), strict=True):
+        outs = [torch.empty(16 // bits, 65536, dtype=torch.float16, device="cuda") for _ in range(2)]
+        for out, wired in zip(outs, (True, False), strict=True):
             _compare[(64,)](lanes, out, BITS=bits, WIRED=wired)
-        if not torch.equal(*(x.view(torch.int16) for x in found)):
+        if not torch.equal(*(x.view(torch.int16) for x in outs)):
             raise RuntimeError(f"inline PTX and plain bit operations unpack {bits} bits differently on this GPU")

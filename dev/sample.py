@@ -1,15 +1,15 @@
-"""How `text.txt` came to be: run once, kept because a file should say where it is from.
+"""How the demo's `text.txt` came to be: run once, kept because a file should say where it is from.
 
 The bundled model continues openings of our own, sampled with a seed. Sentences that could be taken for a planted fact,
-or that are not plain sentences, are left out. `python -m kvist.demo.sample` writes the file anew.
+or that are not plain sentences, are left out. `python dev/sample.py` writes the file anew.
 """
 
 import re
-from pathlib import Path
 
+from kvist.demo.documents import FORBIDDEN, ROOM
 from kvist.demo.model import load
 
-TEXT = Path(__file__).with_name("text.txt")
+TEXT = ROOM / "text.txt"
 SEED, TEMPERATURE, TOKENS = 20, 0.9, 1100
 OPENINGS = (
     "The harbour was quiet in the morning, and",
@@ -37,7 +37,6 @@ OPENINGS = (
     "We sat by the fire, and my uncle",
     "The young man took his hat and",
 )
-FORBIDDEN = re.compile(r"[^A-Za-z ,.;:!?'\-]|pass key|magic|[Rr]emember|print|Chapter|CHAPTER|[A-Z]{3}|:$|\b\w+:")
 
 
 def sentences(text: str) -> list[str]:

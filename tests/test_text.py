@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvist.calibrate.text import HUB, digest, encode, sample, texts, windows
 from kvist.demo.model import FOLDER
+from kvist.text import HUB, digest, encode, sample, texts, windows
 
 
 @pytest.fixture(scope="module")
