@@ -62,8 +62,11 @@ class Run(NamedTuple):
     seed: int = 0
 
 
+ONCE = Run()
+
+
 def run(
-    methods: Sequence[str] = METHODS, asked: Run = Run(), out: str | Path | None = None, as_json: bool = False
+    methods: Sequence[str] = METHODS, asked: Run = ONCE, out: str | Path | None = None, as_json: bool = False
 ) -> dict:
     """Medians over the tokens of all rounds: greedy tokens of a random Llama of 32 tiny layers, contenders in turn;
     printed, and kept in `out`. Rows of a batch are padded on the left, to different lengths.
