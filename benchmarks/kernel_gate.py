@@ -110,7 +110,7 @@ def launched(layer: Layer, query: Tensor, scale: float, configuration: object) -
     view, function = View.after(layer), kernel(layer).run
     assert function is not None
     key, value = layer.tracks
-    origins = [0] * layer.batch_size if key.codec.transform.fixed else view.origins()
+    origins = [0] * layer.batch_size if key.codec.transform.fixed else view.stand.origins()
     assert origins is not None  # rows without gaps
     call = Decode(
         state=steps.state(layer, origins),

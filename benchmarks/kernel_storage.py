@@ -13,6 +13,7 @@ from torch import Tensor
 from kvist.cache.layer import Layer
 from kvist.cache.report import measure
 from kvist.cache.rows import Rows
+from kvist.cache.schedule import State
 from kvist.cache.track import Track
 from kvist.cache.view import View
 from kvist.coding import Fixed
@@ -160,10 +161,10 @@ def _continue(layer: Layer, tokens: int) -> None:
             source = torch.tensor([before[i % whole] for i in range(len(new))], device=pool.device)
             for array in pool.arrays.values():
                 array[torch.tensor(new, device=pool.device)] = array[source]
-            pool._table = None
-            state.frontier += tokens
-            state.decided += tokens
+            pool.forget()
+        track.states = [State(decided + tokens, frontier + tokens) for decided, frontier in track.states]
         track.exact.ring = track.exact.ring.roll(tokens % track.exact.capacity, dims=2)
+        track.exact.moved += 1
     layer.lengths = [length + tokens for length in layer.lengths]
     layer.slots += tokens
     layer.changed()

@@ -40,7 +40,7 @@ for text, dtype in json.loads(sys.argv[1]):
         key, value = layer.tracks
         view, q = View.after(layer), torch.randn(2, 6, 1, 64).to(getattr(torch, dtype))
         traits = key.codec.traits, value.codec.traits
-        origins = [0, 0] if key.codec.transform.fixed else view.origins()
+        origins = [0, 0] if key.codec.transform.fixed else view.stand.origins()
         numbers = step.state(layer, origins), step.counters(layer, 6, 1), layer.page, 0.125, None
         call = Decode(*numbers, view.skip, step.pinned(layer))
         sides = step.stored(layer)

@@ -81,9 +81,9 @@ class Pool:
         if self._table is not None and self.device.type == "cpu" and index < self._table.shape[1]:
             self._table[row, index] = self.tables[row][index]
         else:
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """The tensor of page tables is out of date."""
         self._table, self.moved = None, self.moved + 1
 
@@ -107,7 +107,7 @@ class Pool:
             if not self.free:
                 self.resize(ladder(self.capacity + 1, POOL_STEP))
             self._own(row, keep - 1)
-        self._forget()
+        self.forget()
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was; pages are shared, none is moved."""
@@ -119,7 +119,7 @@ class Pool:
             for page in table:
                 self._drop(page)
         self.tables = tables
-        self._forget()
+        self.forget()
 
     def write(self, rows: Sequence[int], starts: Sequence[int], arrays: dict[str, Tensor]) -> None:
         """Put encoded tokens of several rows at their start slots; `arrays` as `Codec.encode` gives them."""
@@ -154,7 +154,7 @@ class Pool:
         if self._table is None or self._table.shape[1] != width:
             padded = [table + [0] * (width - len(table)) for table in self.tables]
             made = torch.tensor(padded, dtype=torch.int32).view(len(padded), width)
-            self._forget()
+            self.forget()
             self._table = made.to(self.device, non_blocking=True)  # from pageable memory: nobody waits
         return self._table
 
@@ -183,4 +183,4 @@ class Pool:
         """Move the storage to another device."""
         self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
         self.device = device
-        self._forget()
+        self.forget()
