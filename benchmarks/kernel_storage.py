@@ -184,7 +184,8 @@ def _shuffle(track: Track, generator: torch.Generator) -> None:
     refs = [0] * pool.capacity
     for page, count in enumerate(pool.refs):
         refs[order[page]] = count
-    pool.refs, pool._table = refs, None
+    pool.refs = refs
+    pool.forget()
 
 
 def twins(layer: Layer, count: int) -> list[Layer]:
