@@ -55,9 +55,9 @@ def model_of(name: str, device: torch.device, toy: bool, length: int) -> Any:
 def fill(cache: Cache, shape: tuple[int, int], tokens: int, device: torch.device) -> None:
     """The ordinary bulk append, layer by layer, of random keys and values to an empty cache of one row. shape: KV heads
     and head size."""
-    cache.rows.extend(1, tokens, None)
+    cache.inner.rows.extend(1, tokens, None)
     generator = torch.Generator(device).manual_seed(0)
-    for layer in cache.ours:
+    for layer in cache.inner.ours:
         for start in range(0, tokens, CHUNK):
             dims = 1, shape[0], min(CHUNK, tokens - start), shape[1]
             layer.update(*(torch.randn(dims, generator=generator, device=device).half() for _ in range(2)))

@@ -88,7 +88,7 @@ def _setting(name: str, tokens: int, cap: int, device: torch.device, patience: f
     if not toy:
         torch.cuda.synchronize()
         row["fill s"] = time.perf_counter() - start
-    row |= {"tokens": tokens, "layers": len(cache.ours), "layers appended": appended}
+    row |= {"tokens": tokens, "layers": len(cache.inner.ours), "layers appended": appended}
     row["cache GB"] = sum(cache.report().used.values()) / 1e9
     row["weights GB"] = nbytes(model) / 1e9
     row |= _decoded(model, cache, toy)
@@ -121,19 +121,19 @@ def _decoded(model, cache: Cache, toy: bool) -> dict:
 def _fill(cache: Cache, shape: tuple[int, int], tokens: int, device: torch.device, patience: float) -> int:
     """Random keys and values through every layer's `update`; how many layers got theirs so. When patience ends, the
     other layers are copies of the first, pages and all."""
-    cache.rows.extend(1, tokens, None)
+    cache.inner.rows.extend(1, tokens, None)
     generator, start = torch.Generator(device).manual_seed(0), time.perf_counter()
-    for done, layer in enumerate(cache.ours):
+    for done, layer in enumerate(cache.inner.ours):
         if done and time.perf_counter() - start > patience:
-            for other in cache.ours[done:]:
-                _copy(cache.ours[0], other, shape, device)
+            for other in cache.inner.ours[done:]:
+                _copy(cache.inner.ours[0], other, shape, device)
             return done
         for first in range(0, tokens, CHUNK):
             dims = 1, shape[0], min(CHUNK, tokens - first), shape[1]
             layer.update(*(torch.randn(dims, generator=generator, device=device).half() for _ in range(2)))
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return len(cache.ours)
+    return len(cache.inner.ours)
 
 
 def _copy(source, target, shape: tuple[int, int], device: torch.device) -> None:

@@ -49,7 +49,7 @@ def _stored(model, states, method: str, piece: int) -> list[Tensor]:
         cache.announce(batch, part.stop - part.start, None)
         for i, (keys, values) in states.items():
             cache.update(keys[:, :, part], values[:, :, part], i)
-    for layer in cache.ours:
+    for layer in cache.inner.ours:
         for track in layer.tracks:
             count = min(track.frontiers)
             rows = [track.decode(row, range(count), layer.maps[row]) for row in range(batch)]

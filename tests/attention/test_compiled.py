@@ -39,4 +39,4 @@ def test_a_compiled_forward_gives_what_the_forward_gives(attention, method, atta
     assert torch.equal(found.sequences, expected.sequences)
     for a, b in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.std()))
-    assert cache.get_seq_length() == 92 and [cache.rows.tokens(row, 92) for row in range(2)] == [92, 72]
+    assert cache.get_seq_length() == 92 and [cache.inner.rows.tokens(row, 92) for row in range(2)] == [92, 72]

@@ -237,11 +237,11 @@ def test_one_layer_copied_is_a_layer_filled_alike():
     model = headline.random_weights(config, torch.float16, "cpu")
     cache = headline.Cache(model, headline.stand_in(headline.parse(headline.METHOD), 1, 32), reserve=400)
     assert headline._fill(cache, (1, 32), 300, CPU, patience=-1.0) == 1
-    a, b = (kernel_gate.View.after(layer) for layer in cache.ours)
+    a, b = (kernel_gate.View.after(layer) for layer in cache.inner.ours)
     assert all(torch.equal(a.dense(side), b.dense(side)) for side in (0, 1))
     with torch.no_grad():
         model(input_ids=torch.tensor([[3]]), **cache_argument(cache))
-    assert cache.ours[1].lengths == [301]
+    assert cache.inner.ours[1].lengths == [301]
 
 
 def test_goals_are_judged_by_the_worst_and_say_what_is_missing():

@@ -161,5 +161,5 @@ def test_a_number_of_slots_to_crop_may_be_a_tensor(method):
             model(tokens(1, 60), **cache_argument(living))
             living.crop(kind(-5))
             said.append([model(tokens(1, n, seed=n), **cache_argument(living)).logits for n in (1, 3)])
-        assert all(type(layer.slots) is int for layer in living.ours) and type(living.rows.slots) is int
+        assert all(type(layer.slots) is int for layer in living.inner.ours) and type(living.inner.rows.slots) is int
     assert all(torch.equal(a, b) for a, b in zip(*said, strict=True))

@@ -21,7 +21,7 @@ def states(seed: int, length: int):
 def stored(cache) -> list[torch.Tensor]:
     """Everything that holds tokens, rings up to what was written in them."""
     found = []
-    for layer in cache.ours:
+    for layer in cache.inner.ours:
         for track in layer.tracks:
             pages = [page for table in track.pool.tables for page in table]
             found += [array[pages] for array in track.pool.arrays.values()]
@@ -59,7 +59,7 @@ def kvist_attention(cache, query):
     """Attention of a query over what layer 0 stores, in fp32."""
     from kvist.cache.view import View
 
-    return View.after(cache.ours[0]).attend(query, 0.3)
+    return View.after(cache.inner.ours[0]).attend(query, 0.3)
 
 
 @HALVES
@@ -70,7 +70,7 @@ def test_the_bill_is_right_to_the_byte(text, dtype):
         cache = kvist.Cache(model, recipe(text), exact_dtype=dtype)
         with torch.no_grad():
             model(tokens(1, length), **cache_argument(cache))
-        bill = cache.recipe.bill(cache.describes.shape, 2, length)
+        bill = cache.recipe.bill(cache.inner.describes.shape, 2, length)
         assert dict(bill) == {item: nbytes for item, nbytes in cache.report().allocated.items() if nbytes}
         assert cache.bill(length, reserve=0) == cache.report().nbytes
 
@@ -84,7 +84,7 @@ def test_saved_and_loaded_it_stays(tmp_path):
         cache.save(tmp_path / "saved")
         loaded = kvist.Cache.load(tmp_path / "saved", model)
         assert loaded.report().to_dict() == cache.report().to_dict()
-        assert loaded.describes.shape == cache.describes.shape
+        assert loaded.inner.describes.shape == cache.inner.describes.shape
         outs = [model(ids[:, 190:], **cache_argument(each)).logits for each in (cache, loaded)]
     assert torch.equal(*outs)
 
@@ -95,7 +95,7 @@ def test_what_fp16_cannot_hold_goes_to_its_end_and_is_counted():
         keys, values = states(layer, 40)
         keys[0, 0, 3, 5] = -1e6
         cache.update(keys, values, layer)
-    assert cache.ours[0].key.exact.ring[0, 0, 3, 5] == -65504 and cache.report().clipped == 2
+    assert cache.inner.ours[0].key.exact.ring[0, 0, 3, 5] == -65504 and cache.report().clipped == 2
 
 
 def test_a_type_that_is_no_number_of_its_kind_is_refused():

@@ -117,11 +117,11 @@ def test_turns_of_a_padded_batch_on_one_cache(text):
         inputs = {"input_ids": torch.cat([said.tokens, second["input_ids"]], 1), "attention_mask": mask}
         again = generating(inputs, 20)(model, cache)
         if isinstance(cache, Shadow) and cache.recipe.rotary:
-            assert [[(run.slot, run.position) for run in runs] for runs in cache.rows.runs] == [
+            assert [[(run.slot, run.position) for run in runs] for runs in cache.inner.rows.runs] == [
                 [(0, 0)],
                 [(39, 0), (164, 101)],
             ]
-            assert [cache.rows.shift(row) for row in (0, 1)] == [0, 0]  # so the compiled loops may read its pages
+            assert [cache.inner.rows.shift(row) for row in (0, 1)] == [0, 0]  # so the compiled loops may read its pages
         return again._replace(logits=said.logits + again.logits)
 
     compare(talk, recipe(text), *WAYS, mask=mask)

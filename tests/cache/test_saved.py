@@ -215,12 +215,12 @@ def test_values_beyond_fp16_are_counted_and_said():
     model = tiny_llama()
     cache = kvist.Cache(model, "kivi:2")
     keys = torch.randn(1, 2, 300, 32)
-    cache.rows.extend(1, 300, None)
+    cache.inner.rows.extend(1, 300, None)
     cache.layers[0].update(keys, keys)
     assert cache.report().clipped == 0 and "clipped" not in str(cache.report())
     keys[0, 0, 5, 3] = 1e6
     cache.reset()
-    cache.rows.extend(1, 300, None)
+    cache.inner.rows.extend(1, 300, None)
     cache.layers[0].update(keys, keys)
     assert cache.report().clipped == 2  # the scale of a group of keys, and of one of values
     assert str(cache.report()).count("clipped") == 1

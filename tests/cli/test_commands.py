@@ -145,7 +145,7 @@ def test_inspect(folder):
     assert found["head_sizes"] == [8, 8] and found["rotary"].startswith("default") and found["attention"] == "sdpa"
     packed, exact = found["methods"]
     assert packed["kernel"] and "none needed" in exact["kernel"]
-    shape = kvist.Cache(LlamaForCausalLM.from_pretrained(folder), "int4").describes.shape
+    shape = kvist.Cache(LlamaForCausalLM.from_pretrained(folder), "int4").inner.describes.shape
     assert packed["bytes"]["4K"] == parse("int4").bill(shape, 2, 4096, reserve=4096).total()
     assert "kernel" in call("inspect", folder).stdout
 
@@ -178,7 +178,7 @@ def test_inspect_of_what_was_fitted_to_the_bundled_model(bits, folder):
     method = f"kvquant artifact={artifact('bundled', bits)}"
     (found,) = data("inspect", str(FOLDER), "-m", method)["methods"]
     assert found["needs"] == [] and found["fitted_to"] == "kvist-6m" and found["tables"] == {"all": 12, "on_grid": 12}
-    shape = kvist.Cache(LlamaForCausalLM.from_pretrained(FOLDER), method).describes.shape
+    shape = kvist.Cache(LlamaForCausalLM.from_pretrained(FOLDER), method).inner.describes.shape
     assert found["bytes"]["4K"] == parse(method).bill(shape, 6, 4096, reserve=4096).total()
     if bits == 3:
         printed = call("inspect", str(FOLDER), "-m", method).stdout

@@ -36,7 +36,7 @@ def test_fixed_ranges_of_other_channels(channels, ladder):
     with pytest.raises(ValueError, match=words):
         codec.decode(arrays)
     cache = kvist.Cache(tiny_llama(), recipe(codec))
-    cache.rows.extend(1, 64, None)
+    cache.inner.rows.extend(1, 64, None)
     with pytest.raises(ValueError, match=words):  # at the first tensor, before any is stored
         cache.layers[0].update(x, x)
 

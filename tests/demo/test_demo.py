@@ -225,10 +225,10 @@ def test_rows_of_unequal_state_are_packed_one_by_one(bundled):
         for cache, rows in ((both, slice(0, 2)), (alone, slice(1, 2))):
             model(ids[rows], attention_mask=mask[rows, :200], **cache_argument(cache), logits_to_keep=1)
             model(ids[rows, :1], attention_mask=mask[rows], **cache_argument(cache))
-    for pair in zip(both.ours, alone.ours, strict=True):
+    for pair in zip(both.inner.ours, alone.inner.ours, strict=True):
         fetched = [layer.key.states[-1].frontier for layer in pair]
         assert fetched[0] == fetched[1] == 200
-    assert [layer.key.states[0].frontier for layer in both.ours] == [130] * 6
+    assert [layer.key.states[0].frontier for layer in both.inner.ours] == [130] * 6
 
 
 def test_an_installation_without_the_repository_says_so(monkeypatch, tmp_path):

@@ -37,7 +37,7 @@ def test_storage_is_made_on_the_device_of_the_keys(method):
     cache.update = spied
     with torch.no_grad():
         model(tokens(1, 150), **cache_argument(cache))
-    for i, layer in enumerate(cache.ours):
+    for i, layer in enumerate(cache.inner.ours):
         assert layer.device == seen[i]
         assert {tensor.device for tensor in storage(layer)} == {seen[i]}
     assert not any(isinstance(value, torch.Tensor) for value in vars(cache).values()), "nothing is shared over devices"
@@ -46,8 +46,8 @@ def test_storage_is_made_on_the_device_of_the_keys(method):
 def test_layers_are_placed_one_by_one():
     """Two layers of one cache on two devices: each allocates where its own keys are."""
     cache = kvist.Cache(llama(), "kivi:2 recent=32")
-    layer, twin = cache.ours
-    cache.rows.extend(1, 10, None)
+    layer, twin = cache.inner.ours
+    cache.inner.rows.extend(1, 10, None)
     layer.update(torch.randn(1, 2, 10, 32), torch.randn(1, 2, 10, 32))
     twin.lazy_initialization(*(torch.empty(1, 2, 0, 32, device="meta") for _ in range(2)))
     assert {tensor.device.type for tensor in storage(layer)} == {"cpu"}

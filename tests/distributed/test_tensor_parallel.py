@@ -40,7 +40,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
             kvist.attach(model)
         cache = kvist.Cache(model, METHOD)
         written.append(model.generate(tokens(1, 150), **cache_argument(cache), **OPTIONS).tolist())
-    found = {"tokens": written, "heads": cache.ours[0].shape.heads, "packed": cache.report().packed}
+    found = {"tokens": written, "heads": cache.inner.ours[0].shape.heads, "packed": cache.report().packed}
     with open(f"{folder}/rank{rank}.json", "w") as file:
         json.dump(found, file)
     dist.barrier()

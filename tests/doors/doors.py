@@ -63,13 +63,13 @@ def code(recipe: Recipe) -> None:
 
 def go_on(cache, length: int = 1, model=None) -> None:
     """More tokens into a cache, then one that reads them packed; and its report."""
-    model, batch = model or tiny_llama(), max(1, cache.rows.batch)
+    model, batch = model or tiny_llama(), max(1, cache.inner.rows.batch)
     with torch.no_grad(), kvist.attach(model):
         for count in (length, 1):
-            mask = torch.zeros(batch, cache.rows.slots + count, dtype=torch.long)
-            mask[:, cache.rows.slots :] = 1
-            for row in range(cache.rows.batch):
-                mask[row, cache.rows.slot_of(row, mask.device)] = 1
+            mask = torch.zeros(batch, cache.inner.rows.slots + count, dtype=torch.long)
+            mask[:, cache.inner.rows.slots :] = 1
+            for row in range(cache.inner.rows.batch):
+                mask[row, cache.inner.rows.slot_of(row, mask.device)] = 1
             ids = tokens(batch, count)
             positions = (mask.cumsum(1) - 1)[:, -count:].clamp_min(0)
             model(ids, attention_mask=mask, position_ids=positions, **cache_argument(cache))

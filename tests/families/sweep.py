@@ -177,7 +177,7 @@ OPERATIONS: dict[str, Callable[[Case], Tensor]] = {
 def verdict(model, operation: str, method: str, folder: Path) -> str:
     """What becomes of an operation: "equal", "within", kvist's sentence, or what transformers' own cache cannot do."""
     try:
-        served = kvist.Cache(model, method).describes.served
+        served = kvist.Cache(model, method).inner.describes.served
     except ValueError as error:
         return sentence(error)
     own = [Case(model, lambda name=name: reference(model, name, served), folder, False) for name in (method, "exact")]

@@ -178,8 +178,8 @@ def test_the_plan_knows_the_shape_that_the_model_gives(family, attention):
     model = tiny(family, attention)
     cache = kvist.Cache(model, "kivi")
     logits_of(model, cache, [tokens(1, 40)])
-    assert all(layer.shape == cache.describes.shape for layer in cache.ours)
-    served = cache.describes.served
+    assert all(layer.shape == cache.inner.describes.shape for layer in cache.inner.ours)
+    served = cache.inner.describes.served
     sliding = [i for i, layer in enumerate(cache.layers) if layer.is_sliding]
     assert sorted([*served, *sliding]) == list(range(len(cache.layers)))
     assert bool(sliding) == family.startswith(("gemma", "gpt-oss"))

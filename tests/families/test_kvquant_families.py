@@ -110,7 +110,7 @@ def test_generate_of_left_padded_rows(family, attention, attached):
             return_dict_in_generate=True,
         )
     for row, length in enumerate(LENGTHS):
-        assert cache.rows.shift(row) == 0 and cache.rows.runs[row][0].slot == max(LENGTHS) - length
+        assert cache.inner.rows.shift(row) == 0 and cache.inner.rows.runs[row][0].slot == max(LENGTHS) - length
         said = out.sequences[row : row + 1, max(LENGTHS) - length : -1]
         chunks = [said[:, :length], *said[:, length:].split(1, 1)]
         wanted = logits_of(model, dense(family, attention), chunks)[:, length - 1 :]
@@ -145,7 +145,7 @@ def test_crop_into_what_is_packed(family, attention, attached):
     with reading(model, attached):
         first = logits_of(model, cache, sequence()[:1])[:, :kept]
         cache.crop(kept - PROMPT)
-        assert cache.ours[0].key.frontiers == [kept - 1]
+        assert cache.inner.ours[0].key.frontiers == [kept - 1]
         found = logits_of(model, cache, sequence(kept)[1:])
     same(torch.cat([first, found], 1), expected(family, attention, MAIN, kept))
 
@@ -211,14 +211,14 @@ def test_keys_that_attention_reads(family, attention, jumping, monkeypatch):
     model, tiles = tiny(family, attention), []
     cache = Watched(model, plan(family, attention))
     cache.seen, cache.wanted = {}, dense(family, attention)
-    for layer in cache.describes.served:
+    for layer in cache.inner.describes.served:
         cache.wanted.layers[layer].starts = torch.tensor([0, 23])
     fed(model, cache, [0, 100, 101, 104], jumping)
     own, mask = View._packed_tiles, somewhere(jumping)[0][:, :104].bool()
     packed, exact = mask.clone(), mask.clone()
     packed[0, 0] = packed[1, 23] = packed[:, 101:] = False
     exact &= ~packed
-    for layer in cache.describes.served:
+    for layer in cache.inner.describes.served:
         handles, wanted = cache.seen[layer]
         assert isinstance(handles[0], Handle)
         for handle, want in zip(handles, wanted, strict=True):
@@ -228,7 +228,7 @@ def test_keys_that_attention_reads(family, attention, jumping, monkeypatch):
             raw = handle.source.store.key if handle.side == 0 else handle.source.store.value
             assert raw.frontiers == [100, 77]
         monkeypatch.setattr(View, "_packed_tiles", lambda *args: tiles.append(1) or own(*args))
-        query = torch.randn(2, cache.describes.query_heads, 3, want.shape[-1])
+        query = torch.randn(2, cache.inner.describes.query_heads, 3, want.shape[-1])
         out = handles[0].source.attend(query, 0.3)
         seen = mask[:, None, None] & torch.ones(3, 104, dtype=torch.bool).tril(101)
         truth = F.scaled_dot_product_attention(query, *wanted, attn_mask=seen, scale=0.3, enable_gqa=True)

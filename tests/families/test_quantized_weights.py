@@ -39,7 +39,7 @@ def test_exact_is_transformers_own_cache_and_packing_is_the_same(model, attached
     with kvist.attach(model) if attached else warnings.catch_warnings():
         found = said(model, cache, *CHUNKS)
         packed = said(model, kvist.Cache(model, "kivi:2 recent=32"), *CHUNKS)
-    assert torch.equal(found, wanted) and cache.ours[0].dtype == torch.float32
+    assert torch.equal(found, wanted) and cache.inner.ours[0].dtype == torch.float32
     assert (packed - rounded).abs().amax(-1).median() <= 5e-4 * rounded.std()
     assert (rounded - wanted).abs().max() > 1e-2 * wanted.std(), "2 bits must show, or this test could not fail"
 

@@ -81,7 +81,7 @@ def test_shapes_of_layers_are_those_that_are_stored_and_billed(family):
     cache = kvist.Cache(model, "int8", reserve=200)
     said(model, cache, tokens(1, 100))
     shapes = describe(model).shapes
-    assert tuple(layer.shape for layer in cache.ours) == shapes
+    assert tuple(layer.shape for layer in cache.inner.ours) == shapes
     bill = cache.recipe.bill(shapes, len(shapes), 100, reserve=200)
     assert bill.total() == cache.report().nbytes - cache.report().allocated.get("other", 0)
 

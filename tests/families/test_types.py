@@ -39,7 +39,7 @@ def test_within_the_rounding_of_the_type(dtype, method, attached):
     with kvist.attach(model) if attached else nullcontext():
         cache = kvist.Cache(model, METHODS[method])
         found = logits_of(model, cache)
-    assert all(layer.dtype == dtype and layer.key.exact.ring.dtype == dtype for layer in cache.ours)
+    assert all(layer.dtype == dtype and layer.key.exact.ring.dtype == dtype for layer in cache.inner.ours)
     assert error(found, expected) <= 1.5 * budget + 1e-5 * expected.std()
     # the budget is far below what rounding to 2 bits does, so that a wrong token could not hide in it
     exact = logits_of(model, DynamicCache(config=model.config))

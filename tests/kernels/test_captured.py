@@ -53,7 +53,7 @@ def test_captured_steps_are_ordinary_steps(text, monkeypatch):
     expected, a = generated(model, made, prompt, following, ordinary)
     found, b = generated(model, made, prompt, following, captured)
     assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
-    for x, y in zip(a.ours, b.ours, strict=True):
+    for x, y in zip(a.inner.ours, b.inner.ours, strict=True):
         assert x.lengths == y.lengths
         for s, t in zip(x.tracks, y.tracks, strict=True):
             assert s.states == t.states and s.exact.pins == t.exact.pins and s.pool.tables == t.pool.tables
@@ -90,7 +90,9 @@ def test_attached_models_decode_by_the_kernels(text, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found, b = run()
     assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
-    assert [t.states for layer in a.ours for t in layer.tracks] == [t.states for layer in b.ours for t in layer.tracks]
+    assert [t.states for layer in a.inner.ours for t in layer.tracks] == [
+        t.states for layer in b.inner.ours for t in layer.tracks
+    ]
 
 
 def test_positions_go_on_from_those_of_the_prompt(monkeypatch):
@@ -126,7 +128,7 @@ def test_rings_hold_what_a_step_packs_and_adds(monkeypatch):
         cache = kvist.Cache(model, recipe("kvmix:2 ratio_of=context ratio=0.1"))
         with torch.no_grad():
             model(**unpadded(1, tokens), **cache_argument(cache))
-        layer = cache.ours[0]
+        layer = cache.inner.ours[0]
         oldest = min(layer.key.frontiers[0], layer.value.frontiers[0])
         with Captured(model, cache, 1):
             assert layer.behind(0) + 1 - oldest <= layer.key.exact.capacity

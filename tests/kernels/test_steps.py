@@ -36,12 +36,12 @@ def cached(text: str, dtype: torch.dtype = torch.float32) -> kvist.Cache:
 
 def told(cache: kvist.Cache, seed: int, count: int, dtype: torch.dtype, pads=(0, 0, 0)) -> list:
     """Give every layer `count` slots; what attention is given."""
-    past = cache.rows.slots
+    past = cache.inner.rows.slots
     new = (torch.arange(count) >= torch.tensor(pads).unsqueeze(-1)).long()
     real = torch.ones(ROWS, past, dtype=torch.long)
     for row in range(ROWS) if past else ():
         stored = torch.zeros(past, dtype=torch.long)
-        stored[cache.rows.slot_of(row, stored.device)] = 1
+        stored[cache.inner.rows.slot_of(row, stored.device)] = 1
         real[row] = stored
     cache.announce(ROWS, count, torch.cat([real, new], 1))
     return [cache.update(*drawn(seed + 100 * i, count, dtype), i) for i in range(len(cache.layers))]
@@ -65,7 +65,7 @@ def test_steps_store_what_the_reference_stores(text, dtype, monkeypatch):
         cache = cached(text, dtype)
         steps(cache, dtype)
         caches.append(cache)
-    for ours, theirs in zip(*(cache.ours for cache in caches), strict=True):
+    for ours, theirs in zip(*(cache.inner.ours for cache in caches), strict=True):
         assert (ours.lengths, ours.slots, ours.settled) == (theirs.lengths, theirs.slots, theirs.settled)
         for mine, other in zip(ours.tracks, theirs.tracks, strict=True):
             assert mine.states == other.states and mine.exact.pins == other.exact.pins
@@ -97,13 +97,13 @@ def test_steps_attend_to_everything_that_is_stored(text, dtype):
     that holds nothing holds NaN."""
     cache = cached(text, dtype)
     poison(cache)
-    for handles, layer in zip(steps(cache, dtype), cache.ours, strict=True):
+    for handles, layer in zip(steps(cache, dtype), cache.inner.ours, strict=True):
         query = torch.randn(ROWS, 4, 1, DIM, generator=torch.Generator().manual_seed(9)).to(dtype)
         if not layer.packs:  # the model's own attention serves
             continue
         found = handles[0].source.attend(query, 0.2, softcap=5.0, sink=torch.tensor([0.5, -1.0, 2.0, -torch.inf]))
         for row in range(ROWS):
-            slots = cache.rows.slot_of(row, found.device)
+            slots = cache.inner.rows.slot_of(row, found.device)
             keys, values = (exact_and_packed(layer, side, row) for side in (0, 1))
             keys, values = (torch.cat([x, x.new_zeros(1, 2, 1, DIM)], 2) for x in (keys, values))
             part = attend(query[row : row + 1], keys[:, :, :-1], values[:, :, :-1], 0.2, softcap=5.0)
@@ -124,7 +124,7 @@ def exact_and_packed(layer: Layer, side: int, row: int) -> Tensor:
 
 def poison(cache: kvist.Cache) -> None:
     """NaN wherever nothing is stored: behind the ring's and the sinks' tokens, in free pages, among free pins."""
-    for layer in cache.ours:
+    for layer in cache.inner.ours:
         for track in layer.tracks:
             ring, (sinks, pinned) = track.exact.ring, (track.exact.sinks, track.exact.pinned)
             for row, (_, frontier) in enumerate(track.states):
@@ -141,7 +141,7 @@ def test_threads_draw_pieces_and_agree_with_one(monkeypatch):
     torch.manual_seed(0)
     cache = kvist.Cache(tiny_llama(layers=1, dim=32), recipe("hadamard k=3 v=2"))
     for count in (3000, 3):
-        past = cache.rows.slots + count
+        past = cache.inner.rows.slots + count
         mask = (torch.arange(past) >= torch.tensor([[0], [1900], [2990]])).long()
         cache.announce(3, count, mask)
         given = cache.update(*torch.randn(2, 3, 2, count, 32), 0)
@@ -168,7 +168,7 @@ def test_a_copied_cache_has_storage_of_its_own():
 
 
 def test_what_steps_do_not_serve_is_named():
-    request = cached("int4").ours[0].request
+    request = cached("int4").inner.ours[0].request
     assert choose(Operation.WHOLE, request).name == "numba.bound.Bound"
     said = {
         "more than 32 queries": {"queries": 33},

@@ -65,7 +65,7 @@ class Watched(kvist.Cache):
 
 def packed(cache: kvist.Cache, layer: int, row: int, side: int) -> Tensor:
     """The packed tokens of a row, decoded but not rotated, (H, n, D)."""
-    layer = cache.ours[layer]
+    layer = cache.inner.ours[layer]
     layer.settle()
     track = layer.tracks[side]
     frontier = track.states[row].frontier
@@ -92,7 +92,7 @@ def fed(model, cache, chunks: list[dict]):
 
 def stored_before_rope(cache: Watched, columns: list[list[int]]) -> None:
     """columns: of each row, the slots that are tokens."""
-    for i, layer in enumerate(cache.ours):
+    for i, layer in enumerate(cache.inner.ours):
         _, before, values = cache.all(i)
         for row, slots in enumerate(columns):
             found = packed(cache, i, row, 0)
@@ -111,7 +111,7 @@ def test_pages_hold_keys_before_rope(kind, fitted):
 def test_pages_hold_rotated_keys_where_asked(fitted):
     cache = Watched(tiny_llama(), recipe(fitted["post-rope"]))
     fed(tiny_llama(), cache, [{"input_ids": tokens(1, 70)}, {"input_ids": tokens(1, 40)}])
-    for i, layer in enumerate(cache.ours):
+    for i, layer in enumerate(cache.inner.ours):
         near(packed(cache, i, 0, 0), layer.key.codec, cache.all(i)[0][0, :, 2:110])
 
 
@@ -143,7 +143,7 @@ def test_clipped_entries_are_in_the_report(fitted):
     cache = Watched(tiny_llama(), recipe(artifact))
     fed(tiny_llama(), cache, [{"input_ids": tokens(1, 120)}, {"input_ids": tokens(1, 40)}])
     wanted = values = 0
-    for i, layer in enumerate(cache.ours):
+    for i, layer in enumerate(cache.inner.ours):
         layer.settle()
         scale, middle = (x.squeeze(-2).numpy() for x in layer.key.codec._fixed(2, torch.device("cpu")))
         before = cache.all(i)[1][0, :, 2 : 2 + layer.key.frontiers[0]].numpy()
@@ -165,7 +165,7 @@ def test_left_padding_in_generate_counts_tokens(fitted):
         model.generate(**batch, **cache_argument(cache), max_new_tokens=40, do_sample=False)
     slots = 103 + 39
     for row, length in enumerate(LENGTHS):
-        assert cache.rows.positions(row, torch.arange(length + 39)).tolist() == list(range(length + 39))
+        assert cache.inner.rows.positions(row, torch.arange(length + 39)).tolist() == list(range(length + 39))
     stored_before_rope(cache, [list(range(103 - length, slots)) for length in LENGTHS])
 
 
@@ -175,7 +175,7 @@ def test_left_padding_in_a_plain_forward_counts_slots(fitted):
     longer = torch.cat([batch["attention_mask"], torch.ones(2, 40, dtype=torch.long)], 1)
     fed(model, cache, [batch, {"input_ids": tokens(2, 40), "attention_mask": longer}])
     for row, length in enumerate(LENGTHS):
-        assert cache.rows.positions(row, torch.tensor([0, 5])).tolist() == [103 - length, 108 - length]
+        assert cache.inner.rows.positions(row, torch.tensor([0, 5])).tolist() == [103 - length, 108 - length]
     stored_before_rope(cache, [list(range(103 - length, 143)) for length in LENGTHS])
 
 
@@ -186,7 +186,7 @@ def as_stored(cache: Watched, model) -> DynamicCache:
     """An ordinary cache of what a kvist cache holds, made by the reference codec from keys before RoPE, rotated by the
     model's own function."""
     plain = DynamicCache(config=model.config)
-    for i, layer in enumerate(cache.ours):
+    for i, layer in enumerate(cache.inner.ours):
         keys, before, values = cache.all(i)
         frontier, sinks = layer.key.frontiers[0], layer.plan.sinks
         part = slice(sinks, sinks + frontier)
@@ -214,10 +214,10 @@ def test_positions_that_jump(kind, attached, fitted):
     cut = [(0, 100), (100, 101), (101, 120)]
     fed(model, cache, [{"input_ids": ids[:, a:b], "position_ids": where[:, a:b]} for a, b in cut])
     cache.where = JUMPS
-    assert cache.rows.positions(0, torch.arange(len(JUMPS))).tolist() == JUMPS.tolist()
-    assert cache.rows.shift(0) is None
+    assert cache.inner.rows.positions(0, torch.arange(len(JUMPS))).tolist() == JUMPS.tolist()
+    assert cache.inner.rows.shift(0) is None
     stored_before_rope(cache, [list(range(len(JUMPS)))])
-    assert cache.ours[0].key.frontiers == [118]
+    assert cache.inner.ours[0].key.frontiers == [118]
     step = {"input_ids": tokens(1, 3, seed=4), "position_ids": torch.tensor([[1000, 1001, 500]])}
     wanted = fed(tiny_llama(), as_stored(cache, tiny_llama()), [step]).logits
     found = fed(model, cache, [step]).logits
@@ -239,7 +239,7 @@ def test_jumps_survive_crop_save_and_beams(fitted, tmp_path):
     loaded = kvist.Cache.load(path, model)
     for living in (cache, loaded):
         for row in range(3):
-            assert living.rows.positions(row, torch.arange(120)).tolist() == where[row].tolist()
+            assert living.inner.rows.positions(row, torch.arange(120)).tolist() == where[row].tolist()
     step = {"input_ids": tokens(3, 1), "position_ids": torch.full((3, 1), 2000)}
     wanted, found = (fed(model, living, [step]).logits for living in (cache, loaded))
     assert torch.allclose(wanted, found, atol=1e-5)

@@ -211,7 +211,7 @@ def test_a_three_bit_layer_stores_four_bits_per_element():
     cache = kvist.Cache(model, "kvmix", reserve=256, **FOUR)
     with torch.no_grad():
         model(**unpadded(1, 256), **cache_argument(cache))
-    for layer, k, v in zip(cache.ours, FOUR["k"], FOUR["v"], strict=True):
+    for layer, k, v in zip(cache.inner.ours, FOUR["k"], FOUR["v"], strict=True):
         for track, bits in ((layer.key, k), (layer.value, v)):
             nbytes = sum(array.nbytes for array in track.pool.arrays.values())
             assert 8 * nbytes / (256 * 2 * 64) == bits + 1.0

@@ -84,8 +84,10 @@ def test_a_model_of_two_kinds_of_layers():
     )  # fmt: skip
     model = transformers.Gemma3ForCausalLM(config)
     cache = kvist.Cache(model, "kivi")
-    assert cache.describes.kinds == ("sliding_attention", "full_attention") and cache.describes.served == [1]
+    assert cache.inner.describes.kinds == ("sliding_attention", "full_attention") and cache.inner.describes.served == [
+        1
+    ]
     assert type(cache.layers[0]).__name__ == "DynamicSlidingWindowLayer" and cache.layers[0].sliding_window == 16
-    assert cache.ours == [cache.layers[1]]
+    assert cache.inner.ours == [cache.layers[1]]
     with pytest.raises(ValueError, match="describes 2 layers but the model has 1"):
         kvist.Cache(model, "kvmix k=2,3")

@@ -39,7 +39,7 @@ def test_a_padded_row_is_told_from_tokens_under_every_name(name):
     cache = kvist.Cache(model, "int8")
     with pytest.warns() if name != compat.CACHE_KEYWORD else kvist.attach(model):
         model(**row, **{name: cache})
-    assert cache.rows.tokens(0, 9) == 4 and cache.get_seq_length() == 9
+    assert cache.inner.rows.tokens(0, 9) == 4 and cache.get_seq_length() == 9
 
 
 def test_our_own_keyword_brings_no_warning():

@@ -44,9 +44,9 @@ def test_two_caches_of_one_model_hear_only_their_own_forwards(model):
     with torch.no_grad():
         model(**padded((9, 4)), **cache_argument(first))
         model(tokens(1, 5), **cache_argument(second))
-    assert (first.rows.slots, first.rows.batch) == (9, 2)
-    assert (second.rows.slots, second.rows.batch) == (5, 1)
-    assert [first.rows.tokens(row, 9) for row in range(2)] == [9, 4]
+    assert (first.inner.rows.slots, first.inner.rows.batch) == (9, 2)
+    assert (second.inner.rows.slots, second.inner.rows.batch) == (5, 1)
+    assert [first.inner.rows.tokens(row, 9) for row in range(2)] == [9, 4]
 
 
 def test_positional_arguments_and_embeddings_are_heard(model):
@@ -58,7 +58,7 @@ def test_positional_arguments_and_embeddings_are_heard(model):
         by_embeddings = model(
             inputs_embeds=embedded, attention_mask=batch["attention_mask"], **cache_argument(two)
         ).logits
-    assert [row[0].slot for row in one.rows.runs] == [row[0].slot for row in two.rows.runs] == [0, 5]
+    assert [row[0].slot for row in one.inner.rows.runs] == [row[0].slot for row in two.inner.rows.runs] == [0, 5]
     assert torch.equal(by_ids, by_embeddings)
 
 
@@ -70,7 +70,7 @@ def test_a_model_that_is_not_heard_is_refused(model, batch):
     cache.close()
     with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask and positions being seen"):
         model(**batch, **cache_argument(cache))
-    assert cache.get_seq_length() == cache.rows.slots == 0
+    assert cache.get_seq_length() == cache.inner.rows.slots == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 3)])

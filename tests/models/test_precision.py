@@ -61,7 +61,7 @@ def test_caches_of_a_suited_model_keep_what_its_weights_were_saved_in(monkeypatc
     model = precision.suit(deepcopy(tiny_llama()).to(torch.bfloat16), 10**9)
     assert model.dtype == model.config.dtype == torch.float32
     packs, plain = kvist.Cache(model, "kivi:2"), kvist.Cache(model, "exact")
-    assert packs.describes.shape.stored(True) == torch.bfloat16
-    assert plain.describes.shape.stored(False) == torch.float32
+    assert packs.inner.describes.shape.stored(True) == torch.bfloat16
+    assert plain.inner.describes.shape.stored(False) == torch.float32
     precision.keep(model, None)
-    assert kvist.Cache(model, "kivi:2").describes.shape.stored(True) == torch.float32
+    assert kvist.Cache(model, "kivi:2").inner.describes.shape.stored(True) == torch.float32

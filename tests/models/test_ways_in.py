@@ -95,7 +95,7 @@ def test_padding_is_never_stored_as_tokens(model, door, rows):
     for made_for in (model, door) if hasattr(door, "config") else (model,):
         cache = kvist.Cache(made_for, "int8")
         found = said(door, cache, batch | {"position_ids": positions})
-        assert [cache.rows.tokens(row, 40) for row in range(len(lengths))] == list(lengths)
+        assert [cache.inner.rows.tokens(row, 40) for row in range(len(lengths))] == list(lengths)
         for row, length in enumerate(lengths):
             row_alone = {"input_ids": batch["input_ids"][row : row + 1, -length:]}
             alone = said(door, kvist.Cache(made_for, "int8"), row_alone)
@@ -117,19 +117,19 @@ def test_a_layer_called_by_hand_is_refused(model):
     cache.announce(1, 9, None)
     with torch.no_grad():
         model.model.layers[0](hidden, **call)
-    assert cache.ours[0].slots == 9
+    assert cache.inner.ours[0].slots == 9
 
 
 def test_what_a_failed_call_announced_is_forgotten(model):
     cache, batch = kvist.Cache(model, "int8"), padded(LENGTHS)
     with torch.no_grad(), pytest.raises(IndexError):
         model(batch["input_ids"] + 1000, attention_mask=batch["attention_mask"], **cache_argument(cache))
-    assert cache.rows.slots == 0
+    assert cache.inner.rows.slots == 0
     other = LlamaForCausalLM(llama_config())
     with torch.no_grad(), pytest.raises(ValueError, match="without its attention mask"):
         other(**batch, **cache_argument(cache))
     said(model.model, cache, batch)
-    assert [cache.rows.tokens(row, 40) for row in range(2)] == list(LENGTHS)
+    assert [cache.inner.rows.tokens(row, 40) for row in range(2)] == list(LENGTHS)
 
 
 class Prompted(nn.Module):
@@ -150,11 +150,11 @@ def test_tokens_that_a_wrapper_adds_are_heard_if_it_says_their_mask(model):
     wrapper = Prompted(model, True)
     cache = kvist.Cache(wrapper, "int8")
     said(wrapper, cache, batch)
-    assert [cache.rows.tokens(row, 42) for row in range(2)] == [length + 2 for length in LENGTHS]
+    assert [cache.inner.rows.tokens(row, 42) for row in range(2)] == [length + 2 for length in LENGTHS]
     plain = kvist.Cache(wrapper, "int8")
     said(wrapper, plain, {"input_ids": tokens(1, 9), "attention_mask": torch.ones(1, 9)})
     said(wrapper.inner, plain, {"input_ids": tokens(1, 1), "attention_mask": torch.ones(1, 12)})
-    assert plain.rows.dense(12)
+    assert plain.inner.rows.dense(12)
     with pytest.raises(ValueError, match="2 x 42 tokens inside a call with 2 x 40"):
         said(silent, kvist.Cache(silent, "int8"), batch)
 
@@ -170,7 +170,7 @@ def test_the_mask_of_a_vision_model_stands_for_the_text_model_it_calls():
     for called in (model, model.model, model.model.language_model):
         cache = kvist.Cache(model, "int8")
         said(called, cache, batch)
-        assert [cache.rows.tokens(row, 40) for row in range(2)] == list(LENGTHS)
+        assert [cache.inner.rows.tokens(row, 40) for row in range(2)] == list(LENGTHS)
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
@@ -178,8 +178,8 @@ def test_a_cache_is_found_under_any_name(model, name):
     """The hook looks for the cache itself, not for its keyword."""
     cache, (hook,) = kvist.Cache(model, "int8"), model._forward_pre_hooks.values()
     hook(model, (), padded(LENGTHS) | {name: cache})
-    assert cache.rows.slots == 40
+    assert cache.inner.rows.slots == 40
     hook(model, (tokens(1, 5),), {name: object()})
-    assert cache.rows.slots == 40
+    assert cache.inner.rows.slots == 40
     with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
         hook(model, (), {name: cache})

@@ -77,7 +77,7 @@ def test_more_bits_are_nearer(smollm2):
             with kvist.attach(model):
                 stored = model(ids[:, split - 1 :], **cache_argument(cache)).logits[0].log_softmax(-1)
             kl[method] = float((exact.exp() * (exact - stored)).sum(-1).mean())
-            assert max(track.frontiers[0] for track in cache.ours[0].tracks) > 0
+            assert max(track.frontiers[0] for track in cache.inner.ours[0].tracks) > 0
     eight, four, two = kl.values()
     assert 0 <= eight < four < two, kl
 

@@ -25,23 +25,23 @@ class Captured:
     """
 
     def __init__(self, model: nn.Module, cache: Cache, tokens: int = 1024):
-        if len(cache.ours) != len(cache.layers):
+        if len(cache.inner.ours) != len(cache.layers):
             raise ValueError("decode steps can be captured where kvist serves every layer; this model has other layers")
-        if not cache.rows.runs:
+        if not cache.inner.rows.runs:
             raise ValueError("the cache is empty: read a prompt into it, then capture decode steps")
-        if len({layer.device for layer in cache.ours}) > 1:
+        if len({layer.device for layer in cache.inner.ours}) > 1:
             raise ValueError("decode steps can be captured where all layers are on one device; this model is sharded")
-        if not cache.upcoming and not cache.rows.dense(cache.ours[0].slots):
+        if not cache.inner.upcoming and not cache.inner.rows.dense(cache.inner.ours[0].slots):
             raise ValueError("positions of a loaded cache with padding are not known: take one ordinary step first")
-        self.model, self.cache, self.device = model, cache, cache.ours[0].device
+        self.model, self.cache, self.device = model, cache, cache.inner.ours[0].device
         with torch.inference_mode(False):
-            self.tokens = torch.zeros(cache.rows.batch, 1, dtype=torch.long, device=self.device)
+            self.tokens = torch.zeros(cache.inner.rows.batch, 1, dtype=torch.long, device=self.device)
             self.positions = torch.zeros_like(self.tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         self._attachment = attach(model)
         try:
-            self._steps = cache.steps = Steps(cache.ours, cache.rows, tokens)
+            self._steps = cache.inner.steps = Steps(cache.inner.ours, cache.inner.rows, tokens)
         except BaseException:
             self._attachment.close()
             raise
@@ -82,10 +82,10 @@ class Captured:
         them."""
         if tokens.shape != self.tokens.shape:
             raise ValueError(f"a step takes a token per row, {tuple(self.tokens.shape)}, found {tuple(tokens.shape)}")
-        upcoming = self.cache.upcoming or self.cache.rows.next_positions()
+        upcoming = self.cache.inner.upcoming or self.cache.inner.rows.next_positions()
         positions = torch.tensor(upcoming).unsqueeze(-1)
         self._steps.plan()
-        self.cache.upcoming = [position + 1 for position in upcoming]
+        self.cache.inner.upcoming = [position + 1 for position in upcoming]
         self.tokens.copy_(tokens, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
         if self.graph is None:
@@ -106,7 +106,7 @@ class Captured:
     def close(self) -> None:
         """Give model and cache back; the graph is freed."""
         self._attachment.close()
-        self.cache.steps = None
+        self.cache.inner.steps = None
         self.graph = self.logits = None
 
     def __enter__(self) -> Captured:

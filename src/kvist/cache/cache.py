@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
 from kvist.cache import report
-from kvist.cache.graph import Steps
 from kvist.cache.guard import Guard
 from kvist.cache.handle import Handle
+from kvist.cache.inner import Inner
 from kvist.cache.layer import Layer
 from kvist.cache.rows import Rows
 from kvist.methods import resolve
 from kvist.models import compat
-from kvist.models.adapter import SERVED, describe
+from kvist.models.adapter import SERVED, Model, describe
 from kvist.models.hooks import calling, watch
 from kvist.models.rope import rotary
 from kvist.plan import Recipe
@@ -60,174 +59,61 @@ class Cache(TransformersCache):
             raise ValueError(f"reserve is a number of tokens, at most {MOST_TOKENS}, found {reserve}")
         if exact_dtype is not None and not exact_dtype.is_floating_point:
             raise ValueError(f"exact_dtype is a type of floating-point numbers, found {exact_dtype}")
-        self.recipe, self.reserve, self.describes = recipe, reserve, describe(model)
-        self._check_fit(model)
-        self.rows = Rows()
-        plans, kinds = iter(recipe.for_layers(len(self.describes.served))), self.describes.kinds
-        make = partial(compat.own_layer, kinds, self.describes.arguments)
+        self.recipe, self.reserve, describes, rows = recipe, reserve, describe(model), Rows()
+        _check_fit(recipe, describes, model)
+        plans, kinds = iter(recipe.for_layers(len(describes.served))), describes.kinds
+        make = partial(compat.own_layer, kinds, describes.arguments)
         layers: list = [
-            Layer(next(plans), recipe.page, recipe.prefill, reserve, self.rows) if kind == SERVED else make(i)
+            Layer(next(plans), recipe.page, recipe.prefill, reserve, rows) if kind == SERVED else make(i)
             for i, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
-        self.guard = Guard(self.layers, kinds, make)
-        self.keep_exact(exact_dtype or self.describes.shapes[0].exact)
-        self._odd_step: Tensor | None = None
+        self.inner = Inner(describes, rows, Guard(self.layers, kinds, make), bool(recipe.rotary))
+        self.inner.keep_exact(exact_dtype or describes.shapes[0].exact)
         self._read, self._reads_handles = -1, True  # when it was asked last whether attention takes handles
-        self.steps: Steps | None = None  # while decode steps are captured, see `graph`
-        self.upcoming: list[int] = []  # the position of each row's next token
         self._listen(model)
 
-    def _check_fit(self, model) -> None:
-        """Refuse a recipe that lacks something, or was fitted to another model."""
-        recipe = self.recipe
-        if recipe.needs:
-            raise ValueError(
-                f"{recipe.name} needs {' and '.join(recipe.needs)}: run `kvist calibrate MODEL --data TEXT "
-                f"--method '{recipe.name}' --out DIR`, then use '{recipe.name} artifact=DIR'"
-            )
-        try:
-            if recipe.model is not None:
-                recipe.model.check(self.describes.identity)
-            if recipe.rotary:
-                found = rotary(model)
-                if not all(plan.key.codec.transform.same(found) for plan in recipe.layers):
-                    raise ValueError("the model's rotary embedding differs; calibrate for this model")
-        except ValueError as error:
-            raise ValueError(f"this recipe of {recipe.name} does not fit: {error}") from None
-
     def _listen(self, model) -> None:
-        self._model, self._config = weakref.ref(model), model.config.get_text_config(decoder=True)
-        self.close = watch(model, self, "hear", "finish")
+        self.inner.model = weakref.ref(model)
+        self._config = model.config.get_text_config(decoder=True)
+        self.close = watch(model, self, "_hear", "_finish")
 
-    def keep_exact(self, dtype: torch.dtype | None) -> None:
-        """Say in which type layers that pack store exact tokens, before there are any; None: as they come."""
-        shapes = tuple(replace(shape, exact=dtype) for shape in self.describes.shapes)
-        self.describes = replace(self.describes, shapes=shapes)
-        for layer in self.ours:
-            layer.exact = dtype
-
-    @property
-    def ours(self) -> list[Layer]:
-        """The layers that kvist stores."""
-        return self.guard.ours
-
-    def hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
-        """A forward of the model begins. Called by the hook; `announce` says the same of what no module computes."""
-        if self.steps is not None:
+    def _hear(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        """A forward of the model begins. Called by the hook."""
+        if self.inner.steps is not None:
             return  # planned already, by whoever captured them
-        begun = self.guard.marked(self.upcoming)
+        begun = self.inner.guard.marked(self.inner.upcoming)
         self.announce(batch, slots, mask, positions)
-        self.guard.begun = begun
+        self.inner.guard.begun = begun
 
     def announce(self, batch: int, slots: int, mask: Tensor | None, positions: Tensor | None = None) -> None:
         """What the coming forward brings: slots per row, which are tokens (B, past + slots), None for all, and their
-        positions (1 or B, slots), None for the numbers of the slots.
+        positions (1 or B, slots), None for the numbers of the slots. The model's forwards are heard; this is for what
+        no module computes.
 
         The mask must agree with what is stored for the slots before.
         """
-        if self.steps is not None:
-            return  # planned already
-        past = self.ours[0].slots
-        self.rows.crop(past)
-        self.rows.check(batch)
-        real = None
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dim() != 2:
-                found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(
-                    f"kvist.Cache needs the 2-D padding mask (batch, tokens) to know tokens from padding, found {found}"
-                )
-            if mask.shape[1] < past + slots:
-                raise ValueError(
-                    f"the attention mask covers {mask.shape[1]} slots but the cache holds {past} and {slots} come; "
-                    "pass the mask of the whole sequence"
-                )
-            real = mask[:, past : past + slots].bool()
-            if mask.device.type == "cpu" or slots > 1:
-                self._agree(mask[:, :past])
-            else:  # reading the mask would stall every decode step: note what it says, and look at the next occasion
-                self._note(~real.all())
-                real = None
-        self.rows.extend(batch, slots, real, self._positions(batch, slots, positions))
-        self.upcoming = self._next(batch, slots, positions)
+        self.inner.announce(batch, slots, mask, positions)
 
-    def finish(self, returned: bool) -> None:
+    def _finish(self, returned: bool) -> None:
         """The forward that was heard is over. Called by the hook. ValueError where it returned and stored nothing."""
-        if self.steps is not None:
-            return
-        expected = self.rows.slots
-        self.rows.crop(self.ours[0].slots)  # what nobody stored is no longer expected
-        if returned:
-            self.guard.returned(expected, self.describes.name)
-
-    def _positions(self, batch: int, slots: int, positions: Tensor | None) -> Tensor | None:
-        """Positions that must be remembered, (B, slots); None where the numbers of the slots will do."""
-        if not self.recipe.rotary or positions is None:
-            return None
-        if positions.dim() != 2 or positions.shape[-1] != slots or positions.shape[0] not in (1, batch):
-            raise ValueError(
-                f"keys are stored before RoPE, which needs position ids of shape (batch, tokens), found "
-                f"{tuple(positions.shape)}; use an artefact with keys post-rope"
-            )
-        positions = positions.expand(batch, -1)
-        if positions.device.type == "cpu" or slots > 1 or not self.rows.runs:
-            return positions.cpu()
-        expected = torch.tensor(self.rows.next_positions()).unsqueeze(-1)
-        told = expected.to(positions.device, non_blocking=True)
-        self._note((positions != told).any())  # not read here: it would stall the step
-        return expected
-
-    def _next(self, batch: int, slots: int, positions: Tensor | None) -> list[int]:
-        """The position after those of a forward; single steps on an accelerator, which are not read, move on by one."""
-        if positions is None or positions.dim() != 2:
-            return [self.rows.slots] * batch
-        if slots == 1 and positions.device.type != "cpu" and len(self.upcoming) == batch:
-            return [position + 1 for position in self.upcoming]
-        return [position + 1 for position in positions[:, -1].expand(batch).tolist()]
-
-    def _note(self, unexpected: Tensor) -> None:
-        self._odd_step = unexpected if self._odd_step is None else self._odd_step | unexpected
-
-    def _check_steps(self) -> None:
-        if self._odd_step is not None and bool(self._odd_step):
-            raise ValueError(
-                "a decode step on the accelerator, where masks and positions of single steps are not read, masked its "
-                "own token or skipped a position; kvist stored it as the next token: pass such steps as chunks of two "
-                "or more"
-            )
-
-    def _agree(self, mask: Tensor) -> None:
-        self._check_steps()
-        mask = mask.bool().cpu()
-        if self.rows.dense(mask.shape[1]):
-            same = bool(mask.all())
-        else:
-            stored = torch.zeros_like(mask)
-            for row in range(self.rows.batch):
-                stored[row, self.rows.slot_of(row, mask.device)] = True
-            same = torch.equal(stored, mask)
-        if not same:
-            raise ValueError(
-                "the attention mask differs from the one with which earlier tokens were stored; a stored token cannot "
-                "be masked later: start a new cache"
-            )
+        self.inner.finish(returned)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Store keys and values (B, H, T, D) of a layer; what attention is to read of all its slots, tensors or handles
         that decode themselves. Called by the model. ValueError where the tokens were not announced."""
         if torch.compiler.is_compiling():  # a graph ends here: pages and kernels are nothing that it could trace
             return _untraced(self, key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx >= len(self.describes.kinds):
+        if layer_idx >= len(self.inner.describes.kinds):
             raise ValueError(
-                f"{self.describes.name} has {len(self.describes.kinds)} layers, found one more: {layer_idx}"
+                f"{self.inner.describes.name} has {len(self.inner.describes.kinds)} layers, found one more: {layer_idx}"
             )
         layer, (batch, _, slots, _) = self.layers[layer_idx], key_states.shape
         if not isinstance(layer, Layer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.steps is not None:
-            return self.steps.update(layer, key_states, value_states)
-        if layer.slots + slots > self.rows.slots:
+        if self.inner.steps is not None:
+            return self.inner.steps.update(layer, key_states, value_states)
+        if layer.slots + slots > self.inner.rows.slots:
             module = calling()
             if module or batch > 1 or self.recipe.rotary:
                 raise ValueError(
@@ -235,12 +121,12 @@ class Cache(TransformersCache):
                     "positions being seen, so padding cannot be told from tokens; call the model that was given to "
                     "kvist.Cache, or its text model, or tell the cache first: announce(batch, tokens, mask, positions)"
                 )
-            self.rows.extend(batch, slots, None)
-        if layer.slots + slots != self.rows.slots:
+            self.inner.rows.extend(batch, slots, None)
+        if layer.slots + slots != self.inner.rows.slots:
             raise ValueError("layers of the cache are out of step, probably after a forward that failed; call mend()")
         given = layer.update(key_states, value_states)
-        if self._read != self.rows.announced:  # once per forward: a config takes its time
-            self._read, attention = self.rows.announced, getattr(self._config, "_attn_implementation", None)
+        if self._read != self.inner.rows.announced:  # once per forward: a config takes its time
+            self._read, attention = self.inner.rows.announced, getattr(self._config, "_attn_implementation", None)
             self._reads_handles = attention in READS_HANDLES or str(attention).startswith(ATTACHED)
         if not self._reads_handles:
             given = tuple(x.dense() if isinstance(x, Handle) else x for x in given)
@@ -248,13 +134,9 @@ class Cache(TransformersCache):
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
-        self._free()
-        self.guard.reset()
-        self.rows.runs, self.rows.slots, self._odd_step, self.upcoming = [], 0, None, []
-
-    def _free(self) -> None:
-        if self.steps is not None:
-            raise ValueError("decode steps of this cache are captured: close() them before other calls")
+        self.inner.check_free()
+        self.inner.guard.reset()
+        self.inner.forget()
 
     def mend(self) -> None:
         """After a forward that was interrupted: forget what only some of the layers were given.
@@ -262,20 +144,20 @@ class Cache(TransformersCache):
         Layers that are not ours may have dropped what they held before. ValueError then, with nothing changed, and the
         cache is of no use until `reset()`.
         """
-        self._free()
-        if found := self.guard.mend():
-            self.rows.crop(found.slots)
-            self.upcoming = found.upcoming
+        self.inner.check_free()
+        if found := self.inner.guard.mend():
+            self.inner.rows.crop(found.slots)
+            self.inner.upcoming = found.upcoming
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last k slots: crop(-k). ValueError, with nothing changed, where a layer not ours cannot."""
-        self._free()
+        self.inner.check_free()
         remove = -int(tokens_to_remove)  # assisted decoding of transformers 5.17 gives a tensor
         if remove < 0:
             raise ValueError(f"crop(-k) removes the last k tokens; found {-remove}")
-        self.guard.crop(remove)
-        self.rows.crop(self.ours[0].slots)
-        self.upcoming = [position - remove for position in self.upcoming]
+        self.inner.guard.crop(remove)
+        self.inner.rows.crop(self.inner.ours[0].slots)
+        self.inner.upcoming = [position - remove for position in self.inner.upcoming]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was; full pages are shared, not copied."""
@@ -287,35 +169,35 @@ class Cache(TransformersCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side; full pages are shared, not copied."""
-        self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
+        self._select(torch.arange(self.inner.rows.batch).repeat_interleave(repeats))
 
     def _select(self, indices: Tensor) -> None:
         """Row i of every layer becomes what row indices[i] was."""
-        self._free()
-        if not self.rows.runs:
+        self.inner.check_free()
+        if not self.inner.rows.runs:
             return
-        self.guard.check()
+        self.inner.guard.check()
         for layer in self.layers:
             layer.reorder_cache(indices)
         order = indices.tolist()
-        self.rows.select(order)
-        self.upcoming = [self.upcoming[row] for row in order] if self.upcoming else []
+        self.inner.rows.select(order)
+        self.inner.upcoming = [self.inner.upcoming[row] for row in order] if self.inner.upcoming else []
 
     def report(self) -> report.Report:
         """Bytes used and allocated, itemised; bits per element; tokens packed and exact. Measured from the tensors."""
-        self._check_steps()
+        self.inner.check_steps()
         return report.measure(self.recipe.name, self.layers)
 
     def bill(self, tokens: int, reserve: int) -> int:
         """Bytes that one row of `tokens`, read at once, takes in the layers that kvist stores."""
-        return self.recipe.bill(self.describes.shapes, len(self.ours), tokens, reserve=reserve).total()
+        return self.recipe.bill(self.inner.describes.shapes, len(self.inner.ours), tokens, reserve=reserve).total()
 
     def save(self, path: str | Path) -> None:
         """Write everything stored to one safetensors file, atomically."""
         from kvist.cache.files import save
 
-        self._check_steps()
-        self.guard.check()
+        self.inner.check_steps()
+        self.inner.guard.check()
         save(self, path)
 
     @classmethod
@@ -328,13 +210,13 @@ class Cache(TransformersCache):
     def __deepcopy__(self, memo: dict) -> "Cache":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        skipped = ("close", "_model", "_config")
-        memo |= {id(layer.bound): None for layer in self.ours}  # addresses of storage that is not the twin's
+        skipped = ("close", "_config")
+        memo |= {id(layer.bound): None for layer in self.inner.ours}  # addresses of storage that is not the twin's
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in skipped})
-        twin.guard.begun = None  # its marks tell the tensors of this cache alone
-        model = self._model()
+        twin.inner.guard.begun = None  # its marks tell the tensors of this cache alone
+        model = self.inner.model()
         if model is None:
-            twin._model, twin._config, twin.close = self._model, self._config, self.close
+            twin._config, twin.close = self._config, self.close
         else:
             twin._listen(model)
         return twin
@@ -346,9 +228,27 @@ class Cache(TransformersCache):
         )
 
     def __repr__(self) -> str:
-        return f"kvist.Cache({self.recipe.name!r}, {len(self.ours)} layers, {self.get_seq_length()} slots)"
+        return f"kvist.Cache({self.recipe.name!r}, {len(self.inner.ours)} layers, {self.get_seq_length()} slots)"
 
 
 @torch.compiler.disable
 def _untraced(cache: Cache, *args, **kwargs):
     return cache.update(*args, **kwargs)
+
+
+def _check_fit(recipe: Recipe, describes: Model, model) -> None:
+    """Refuse a recipe that lacks something, or was fitted to another model."""
+    if recipe.needs:
+        raise ValueError(
+            f"{recipe.name} needs {' and '.join(recipe.needs)}: run `kvist calibrate MODEL --data TEXT "
+            f"--method '{recipe.name}' --out DIR`, then use '{recipe.name} artifact=DIR'"
+        )
+    try:
+        if recipe.model is not None:
+            recipe.model.check(describes.identity)
+        if recipe.rotary:
+            found = rotary(model)
+            if not all(plan.key.codec.transform.same(found) for plan in recipe.layers):
+                raise ValueError("the model's rotary embedding differs; calibrate for this model")
+    except ValueError as error:
+        raise ValueError(f"this recipe of {recipe.name} does not fit: {error}") from None

@@ -71,21 +71,21 @@ def _plain(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def save(cache, path: str | Path) -> None:
     """Write `cache` to `path`."""
-    model = cache._model()
+    model = cache.inner.model()
     if model is None:
         raise ValueError("the model of this cache is gone; save the cache while its model exists")
-    if any(layer.is_initialized and layer.slots != cache.rows.slots for layer in cache.ours):
+    if any(layer.is_initialized and layer.slots != cache.inner.rows.slots for layer in cache.inner.ours):
         raise ValueError("a forward was interrupted, and only some layers hold its tokens; call mend() and save then")
     tensors: dict[str, Tensor] = {}
     layers = [_save_layer(layer, f"{i}.", tensors) for i, layer in enumerate(cache.layers)]
     header = {
         "format": FORMAT,
-        "model": cache.describes.name,
+        "model": cache.inner.describes.name,
         "weights": fingerprint(model),
         "recipe": cache.recipe.model_dump(),
         "reserve": cache.reserve,
-        "slots": cache.rows.slots,
-        "runs": cache.rows.runs,
+        "slots": cache.inner.rows.slots,
+        "runs": cache.inner.rows.runs,
         "layers": layers,
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -126,7 +126,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
                     _load_layer(layer, state, own, model)
                     continue
                 like = like or _sample(cls, model, made)
-                about = foreign.Expected(like[i], cache.rows.batch, cache.rows.slots, model.device)
+                about = foreign.Expected(like[i], cache.inner.rows.batch, cache.inner.rows.slots, model.device)
                 foreign.load(layer, state, own, about)
         except ValueError as error:
             cache.close()
@@ -136,7 +136,7 @@ def load(cls, path: str | Path, model, recipe: Recipe | None):
         except BaseException:
             cache.close()
             raise
-    cache.keep_exact(next((layer.exact for layer in cache.ours if layer.is_initialized), None))
+    cache.inner.keep_exact(next((layer.exact for layer in cache.inner.ours if layer.is_initialized), None))
     return cache
 
 
@@ -188,7 +188,7 @@ def _checked(cache, header: Header, found: dict) -> list[SavedLayer | dict]:
     """The layers of a header that is true of `cache`, still empty, and of the arrays in the file. Raises ValueError."""
     if len(header.layers) != len(cache.layers):
         raise ValueError(f"it has {len(header.layers)} layers, the model {len(cache.layers)}")
-    cache.rows.slots, cache.rows.runs = header.slots, header.rows()
+    cache.inner.rows.slots, cache.inner.rows.runs = header.slots, header.rows()
     saved: list[SavedLayer | dict] = []
     for i, (layer, state) in enumerate(zip(cache.layers, header.layers, strict=True)):
         own = {name.split(".", 1)[1] for name in found if name.split(".", 1)[0] == str(i)}

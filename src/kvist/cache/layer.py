@@ -80,7 +80,7 @@ class Layer(Store, CacheLayerMixin):
         self.check(key_states, value_states)
         if key_states.device != self.device:
             self.to(key_states.device)
-        move = (self._stand or self.stand).move(slots)
+        move = (self.standing or self.stand).move(slots)
         if not step.take(self, move, key_states, value_states):
             return self._update(key_states, value_states)
         view = View(self, None, self.slots, move)

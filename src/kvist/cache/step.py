@@ -7,18 +7,15 @@ the kernel knows the layer's storage (`Operation.WHOLE`); on a GPU it is told wh
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvist.cache.schedule import Move, Stand
+from kvist.cache.store import Store
+from kvist.cache.track import Track
 from kvist.kernels.choose import Choice, choose
 from kvist.kernels.contract import Constants, Exact, Operation, Storage, Stored
-
-if TYPE_CHECKING:
-    from kvist.cache.store import Store
-    from kvist.cache.track import Track
 
 DUE, STATE = 6, 8  # numbers per row, for STORE and for `contract.Decode`
 BLOCK = 16  # query rows that share a counter

@@ -47,7 +47,7 @@ class Store:
         self.choices: dict[tuple, Choice] = {}  # see `step.chosen`
         self.bound: tuple[int, Any] | None = None  # see `step.bind`
         self.whole: bool | None = None  # whether a CPU's kernel takes its steps; None: not asked yet
-        self._stand: Stand | None = None
+        self.standing: Stand | None = None  # of `stand`, while it is known
         self._apart: dict[str, tuple[tuple, Tensor]] = {}
         self.lengths: list[int] = []
         self.maps: list[SlotMap] = []
@@ -121,19 +121,19 @@ class Store:
     @property
     def stand(self) -> Stand:
         """Where the rows stand; layers of equal plans in the same state share it."""
-        if self._stand is None:
+        if self.standing is None:
             states, pins = (self.key.states, self.value.states), (self.key.exact.pins, self.value.exact.pins)
             flags = self.settled, self.updates == 1
             pinned = tuple(tuple(row.items()) for side in pins for row in side) if self.plan.pinned else ()
             runs = tuple(tuple(maps.runs) for maps in self.maps)
             key = (self.plan.schedule, tuple(self.lengths), runs, *map(tuple, states), pinned, flags)
             make = partial(Stand, self.plan, self.rows, self.lengths, self.maps, states, pins, flags)
-            self._stand = self.rows.share(key, make)
-        return self._stand
+            self.standing = self.rows.share(key, make)
+        return self.standing
 
     def moved_on(self, move: Move) -> None:
         """A step was taken: what was due is packed, and its tokens are stored."""
-        after = self._stand = move.after
+        after = self.standing = move.after
         self.lengths = after.lengths
         (self.key.states, self.value.states), pins = after.states, after.pins
         self.key.exact.pins, self.value.exact.pins = pins
@@ -247,7 +247,7 @@ class Store:
 
     def changed(self) -> None:
         self.version += 1
-        self._stand = None
+        self.standing = None
 
     def table_width(self, track: Track) -> int:
         """Entries per row of a track's page table."""

@@ -154,7 +154,7 @@ class Session:
         """What the run took, as plain data."""
         report, slots = self.cache.report(), self.cache.get_seq_length()
         cuda = self.model.device.type == "cuda"
-        kept = self.cache.describes.shapes[0].stored(any(plan.packs for plan in self.cache.recipe.layers))
+        kept = self.cache.inner.describes.shapes[0].stored(any(plan.packs for plan in self.cache.recipe.layers))
         advice = None
         if self.ended_at_once:
             template = self.tokenizer.chat_template is not None
@@ -187,7 +187,7 @@ class Session:
     def _bill(self, tokens: int) -> dict:
         """What a prompt of so many tokens will take, with room reserved for just them, beside 16 bits."""
         nbytes = self.cache.bill(tokens, reserve=tokens)
-        elements = tokens * sum(s.heads * (s.key_dim + s.value_dim) for s in self.cache.describes.shapes)
+        elements = tokens * sum(s.heads * (s.key_dim + s.value_dim) for s in self.cache.inner.describes.shapes)
         return {"bytes": nbytes, "bits_per_element": 8 * nbytes / elements, "bytes_16_bit": 2 * elements}
 
     def _room(self, nbytes: int) -> int:

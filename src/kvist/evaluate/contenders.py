@@ -151,7 +151,9 @@ def bits(cache: TransformersCache, facts: Model, batch: int) -> float:
 def packed(cache: TransformersCache) -> bool:
     """Whether any token is packed by now."""
     if isinstance(cache, Cache):
-        return any(max(track.frontiers) > 0 for layer in cache.ours if layer.is_initialized for track in layer.tracks)
+        return any(
+            max(track.frontiers) > 0 for layer in cache.inner.ours if layer.is_initialized for track in layer.tracks
+        )
     return True
 
 
