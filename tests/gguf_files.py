@@ -82,13 +82,13 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
 def _tokenizer(writer: GGUFWriter) -> None:
     """Byte-level BPE without merges worth the name; token 2 ends a text."""
     special = ["<pad>", "<s>", "</s>"]
-    letters = [chr(code) for code in range(33, 33 + VOCABULARY - len(special) - 2)]
-    words = [*special, *letters, "Ġ", "th"]
+    letters = [chr(code) for code in range(33, 33 + VOCABULARY - len(special) - 3)]
+    words = [*special, *letters, "Ġ", "th", "he"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     writer.add_token_types([3] * len(special) + [1] * (len(words) - len(special)))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "h e"])  # transformers 5.17 takes a list of one for its text
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     writer.add_pad_token_id(0)

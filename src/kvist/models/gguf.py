@@ -88,6 +88,8 @@ def _convert(path: Path, folder: Path) -> None:
         model = _weights(where, torch.bfloat16)
     if not _finite(model):
         raise ValueError("it has weights that are not finite numbers")
+    if isinstance(end := model.generation_config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)  # which transformers 5.17 forgets
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
