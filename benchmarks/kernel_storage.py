@@ -13,7 +13,7 @@ from torch import Tensor
 from kvist.cache.layer import Layer
 from kvist.cache.report import measure
 from kvist.cache.rows import Rows
-from kvist.cache.schedule import State
+from kvist.cache.settle import State
 from kvist.cache.track import Track
 from kvist.cache.view import View
 from kvist.coding import Fixed

@@ -65,6 +65,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
     "measured: bundled": lambda: quality.demo(quality.BUNDLED),
     "measured: decode": speed.decode,
     "measured: decode-passive": lambda: speed.decode(speed.PASSIVE),
+    "measured: steps": speed.steps,
     "measured: encode": speed.encode,
     "measured: ablation": lambda: quality.ablation("simulated"),
     "measured: stored": lambda: quality.ablation("stored"),

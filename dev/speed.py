@@ -7,6 +7,7 @@ from measured import machine, read, table
 
 DECODE = ("runs/decode.json",)
 PASSIVE = ("runs/decode-passive.json",)
+STEPS = (("runs/steps.json",), ("runs/steps-8.json",))
 ENCODE = ("runs/encode.json",)
 MEMORY = ("runs/memory.json",)
 
@@ -29,6 +30,30 @@ def decode(where: tuple[str, ...] = DECODE) -> str | None:
     rows = [[f"`{name}`", *(at.get(n, "") for n in lengths), room.get(name, "")] for name, at in cells.items()]
     note = f"{found['title']}. Median ms, and the ratio to the faster `dynamic`. {machine(found['machine'])}"
     return f"{note}\n\n{table(head, rows, 'l' + 'r' * (len(head) - 1))}"
+
+
+def steps() -> str | None:
+    """What a step of `generate` costs the host: a row per contender, columns for one row and for a padded batch."""
+    found = [each for each in map(read, STEPS) if each is not None]
+    if not found:
+        return None
+    names = [row["contender"] for row in found[0]["rows"]]
+    cells = {(i, row["contender"]): row for i, each in enumerate(found) for row in each["rows"]}
+    lines = [
+        [
+            f"`{name}`",
+            *(f"{cells[i, name]['process ms']:.1f} ({cells[i, name]['x dynamic']:.2f}x)" for i in range(len(found))),
+        ]
+        for name in names
+    ]
+    head = [
+        "cache",
+        *(f"batch {each['rows'][0]['batch']}{', left-padded' if i else ''}" for i, each in enumerate(found)),
+    ]
+    note = (
+        f"{found[0]['title']}. Process time per token, ms, and its ratio to `dynamic`. {machine(found[0]['machine'])}"
+    )
+    return f"{note}\n\n{table(head, lines, 'l' + 'r' * len(found))}"
 
 
 def encode() -> str | None:

@@ -19,7 +19,7 @@ from kvist.coding import Codec
 from kvist.kernels.choose import place
 from kvist.kernels.contract import Request
 from kvist.retention import KeepAll, Retention
-from kvist.types import HOLD, MIN_PAGE, MOST_LAYERS, POOL_STEP, Geometry, ModelIdentity, Part, ladder
+from kvist.types import HOLD, MIN_PAGE, MOST_LAYERS, POOL_STEP, Geometry, ModelIdentity, Part, grown
 
 FORMAT = 1
 TABLE_STEP = 16  # entries
@@ -126,12 +126,12 @@ class LayerPlan(Part):
         if len(windows) == len(self.sides):
             return max(windows)
         room = 0 if self.packs else max(0, reserve - self.sinks)
-        return room if waiting <= room else ladder(waiting, RING_STEP)
+        return room if waiting <= room else grown(waiting, RING_STEP)
 
     def pool(self, pages: int, batch: int, page: int, reserve: int = 0) -> int:
         """Pages that a pool is given when `pages` of them are in use."""
         room = batch * -(-max(0, reserve - self.sinks) // page) if self.packs else 0
-        return room if pages <= room else ladder(pages, POOL_STEP)
+        return room if pages <= room else grown(pages, POOL_STEP)
 
     def bill(self, shape: Geometry, page: int, length: int, batch: int = 1, reserve: int = 0) -> Counter:
         """Bytes allocated, by item, after one update of `length` tokens per row on an empty cache."""
@@ -159,7 +159,7 @@ class LayerPlan(Part):
     def table(self, pages: int, page: int, reserve: int = 0) -> int:
         """Entries that a row of a page table is given when `pages` of them are in use."""
         room = -(-max(0, reserve - self.sinks) // page)
-        return room if pages <= room else ladder(pages, TABLE_STEP)
+        return room if pages <= room else grown(pages, TABLE_STEP)
 
 
 Shapes = Geometry | Sequence[Geometry]  # one for all layers, or one of each

@@ -106,8 +106,8 @@ class ModelIdentity(Part):
             )
 
 
-def ladder(n: int, step: int) -> int:
-    """The capacity given to n entries: the first rung >= n of a ladder that grows by 1.25 in multiples of `step`.
+def grown(n: int, step: int) -> int:
+    """The capacity given to n entries: the first >= n of a row that grows by 1.25 in multiples of `step`.
 
     It depends on n alone, never on how n was reached; so a bill can be written before anything is stored.
     """

@@ -11,7 +11,7 @@ from sweep import said
 from transformers import DynamicCache
 
 import kvist
-from kvist.cache.files import fingerprint
+from kvist.models.adapter import fingerprint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a package that looks for libraries of GPUs

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvist.cache.schedule import pin
+from kvist.cache.settle import pin
 
 
 class Exact:

@@ -7,7 +7,6 @@ refused, with the reason, where format, model, weights or recipe differ from wha
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvist import stranger
 from kvist.atomic import replacing
@@ -23,8 +22,9 @@ from kvist.cache import foreign
 from kvist.cache.layer import Layer
 from kvist.cache.rows import SlotMap
 from kvist.cache.saved import Header, SavedLayer, SavedTrack, capacity, check, check_numbers, held
-from kvist.cache.schedule import State
+from kvist.cache.settle import State
 from kvist.cache.track import Track
+from kvist.models.adapter import fingerprint
 from kvist.models.compat import cache_argument
 from kvist.plan import Recipe
 
@@ -38,35 +38,6 @@ CODES = {
     torch.uint8: "U8",
     torch.int16: "I16",
 }
-SAMPLE = 16  # numbers of each weight that go into the fingerprint
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a few numbers of every weight: tells a fine-tuned model from its parent, in milliseconds."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in _weights(model):
-        flat = weight.detach().flatten()
-        picked = (
-            flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE] if not weight.is_meta else flat.new_empty(0, device="cpu")
-        )
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + picked.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight with its name; of quantized ones the tensors they are made of, and codes kept as buffers."""
-    kinds = torch.uint8, torch.int8, torch.int32
-    codes = [(name, buffer) for name, buffer in model.named_buffers() if buffer.dim() > 1 and buffer.dtype in kinds]
-    for name, weight in (*model.named_parameters(), *codes):
-        yield from _plain(name, weight)
-
-
-def _plain(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if not hasattr(weight, "__tensor_flatten__"):
-        yield name, weight
-        return
-    for part in weight.__tensor_flatten__()[0]:
-        yield from _plain(f"{name}.{part}", getattr(weight, part))
 
 
 def save(cache, path: str | Path) -> None:

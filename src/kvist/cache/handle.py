@@ -97,3 +97,15 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return key.source.attend(query, scale, mask=attn_mask, causal=False)
+
+
+class Undifferentiated(torch.autograd.Function):
+    """The identity on a result that depends on `query` in a way that cannot be differentiated: backward says so."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("attention over a kvist cache has no gradient; train with transformers' own cache or none")

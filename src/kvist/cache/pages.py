@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvist.types import POOL_STEP, ArraySpec, ladder
+from kvist.types import POOL_STEP, ArraySpec, grown
 
 
 class Pool:
@@ -105,7 +105,7 @@ class Pool:
         del table[keep:]
         if after % self.page and before >= keep * self.page:
             if not self.free:
-                self.resize(ladder(self.capacity + 1, POOL_STEP))
+                self.resize(grown(self.capacity + 1, POOL_STEP))
             self._own(row, keep - 1)
         self.forget()
 

@@ -7,80 +7,21 @@ A `Stand` says where the rows of a layer are; layers of one plan that were given
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvist.cache.rows import Rows, SlotMap
+from kvist.cache.settle import Pins, Settled, State, settle
 from kvist.kernels.contract import Due, See, Write
 from kvist.kernels.reference.rotary import angles
 from kvist.plan import LayerPlan, Side
 from kvist.types import HOLD
 
-Pins = dict[int, int]  # positions of a row that are kept exact though packed, and their slots
 NO_PAGES, NO_PINS, NO_SKIP = np.zeros((0, 4), np.int64), np.zeros((1, 0, 4), np.int64), np.zeros((1, 0), np.bool_)
-
-
-class State(NamedTuple):
-    """One row of one side. decided: what the retention rule said, before the last update; frontier: what is packed."""
-
-    decided: int = 0
-    frontier: int = 0
-
-
-class Piece(NamedTuple):
-    """Tokens of a row that are packed together: first position, how many, the page slot of the first."""
-
-    row: int
-    position: int
-    count: int
-    slot: int
-
-
-class Settled(NamedTuple):
-    """What settling does to one side: states and pins of all rows after it, pieces to pack, and what is copied to be
-    kept exact: (row, position, slot among the pinned)."""
-
-    states: list[State]
-    pins: list[Pins]
-    pieces: list[Piece]
-    copies: list[tuple[int, int, int]]
-
-
-def pin(have: Pins, wanted: Sequence[int], start: int, stop: int, room: int) -> tuple[Pins, Pins]:
-    """The pins of a row when just `wanted` are kept, of those it has and positions [start, stop) that are being packed;
-    and those among them that are new."""
-    kept = {p: have[p] for p in wanted if p in have}
-    fresh = [p for p in wanted if p not in kept and start <= p < stop]
-    if fresh:
-        used = set(kept.values())
-        new = dict(zip(fresh, (slot for slot in range(room) if slot not in used), strict=False))
-        return dict(sorted((kept | new).items())), new
-    return kept, {}
-
-
-def _settle(side: Side, stand: Stand, states: list[State], pins: list[Pins]) -> Settled:
-    """One side of `Stand.settled`."""
-    after = Settled([], [], [], [])
-    for row, (state, have, maps) in enumerate(zip(states, pins, stand.maps, strict=True)):
-        floor = partial(maps.floor, granule=side.codec.granule)
-        new = State(*side.target(state.decided, state.frontier, stand.behind(row), stand.prompt, floor))
-        if new.frontier > state.frontier:
-            pieces = maps.pieces(state.frontier, new.frontier)
-            after.pieces.extend(Piece(row, a, b - a, slot) for a, b, slot in pieces)
-        if side.retention.most_pins:
-            wanted = [p for p in side.retention.pins(new.decided) if p < new.frontier]
-            kept, fresh = pin(have, wanted, state.frontier, new.frontier, side.retention.most_pins)
-            after.copies.extend((row, position, slot) for position, slot in fresh.items())
-            have = have if kept == have else kept
-        after.states.append(new)
-        after.pins.append(have)
-    same = all(a is b for a, b in zip(after.pins, pins, strict=True))
-    return after._replace(pins=pins) if same else after
 
 
 class Stand:
@@ -101,11 +42,12 @@ class Stand:
 
     @cached_property
     def settled(self) -> tuple[Settled, Settled]:
-        """What the rules allow to be packed now, of keys and of values."""
+        """What the rules allow to be packed now, of keys and of values: see `settle`."""
         sides = zip(self.plan.sides, self.states, self.pins, strict=True)
         if self.ready or not self.plan.packs:
             return tuple(Settled(states, pins, [], []) for _, states, pins in sides)  # pyright: ignore[reportReturnType]
-        return tuple(_settle(side, self, states, pins) for side, states, pins in sides)  # pyright: ignore[reportReturnType]
+        behind = [self.behind(row) for row in range(len(self.lengths))]
+        return tuple(settle(*side, behind, self.maps, self.prompt) for side in sides)  # pyright: ignore[reportReturnType]
 
     @cached_property
     def ends(self) -> list[tuple[int, int]]:

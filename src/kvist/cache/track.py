@@ -14,7 +14,7 @@ from torch import Tensor
 from kvist.cache.exact import Exact
 from kvist.cache.pages import Pool
 from kvist.cache.rows import Rows, SlotMap
-from kvist.cache.schedule import State
+from kvist.cache.settle import State
 from kvist.kernels.choose import coder
 from kvist.kernels.contract import Operation
 from kvist.plan import LayerPlan, Side

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvist.cache import step
+from kvist.cache.handle import Undifferentiated
 from kvist.cache.loose import Loose, loose
 from kvist.cache.schedule import Move
 from kvist.cache.store import Store
@@ -22,18 +23,6 @@ from kvist.kernels.reference.attend import merge
 
 CPU_TILE, GPU_TILE = 1 << 15, 1 << 22  # elements per side decoded at a time in a decode step
 PROMPT_TILE = 1 << 18
-
-
-class Undifferentiated(torch.autograd.Function):
-    """The identity on a result that depends on `query` in a way that cannot be differentiated: backward says so."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, query: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise RuntimeError("attention over a kvist cache has no gradient; train with transformers' own cache or none")
 
 
 class View:
@@ -109,10 +98,13 @@ class View:
         (B, 1 or Hq, M, slots), says what is visible; None is everything. `sink` (Hq,) is a logit per head that takes
         part in the softmax and has no value (GPT-OSS).
         """
-        plain = mask is None and (causal or query.shape[2] == 1)
         out = self._whole(query, scale, softcap, sink, mask) if self.move is not None else None
         if out is None:
-            out = self._by_parts(query, scale, softcap, sink, mask, causal, plain)
+            with torch.no_grad():
+                plain = mask is None and (causal or query.shape[2] == 1)
+                out = self._step(query, scale, softcap, sink) if plain else None
+                if out is None:
+                    out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
         return Undifferentiated.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _whole(
@@ -134,17 +126,6 @@ class View:
             self._check()
         see = move.see if many == move.slots else move.last
         return store.bound[1].attend(query, see, scale, softcap, sink)
-
-    @torch.no_grad()
-    def _by_parts(
-        self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None, mask: Tensor | None,
-        causal: bool, plain: bool,
-    ) -> Tensor:  # fmt: skip
-        """Attention in one launch where a GPU's kernel serves it, otherwise part by part."""
-        out = self._step(query, scale, softcap, sink) if plain else None
-        if out is None:
-            out = self._attend(query, scale, mask, causal, softcap, sink).to(query.dtype)
-        return out
 
     def _step(self, query: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor | None:
         """Causal attention in one launch; None where no kernel serves it."""

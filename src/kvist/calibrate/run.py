@@ -16,14 +16,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvist import __version__
 from kvist.artifact import Artifact, Fit, Origin, Settings
-from kvist.cache.files import fingerprint
 from kvist.calibrate import tables
 from kvist.calibrate.histogram import Histogram
 from kvist.calibrate.passes import Passes
 from kvist.calibrate.state import State
 from kvist.coding import Fixed, Slots, Table, Unrotate
 from kvist.models import rope
-from kvist.models.adapter import describe
+from kvist.models.adapter import describe, fingerprint
 from kvist.models.taps import listen_back
 from kvist.types import ModelIdentity
 

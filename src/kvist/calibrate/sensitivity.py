@@ -17,12 +17,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvist import __version__
 from kvist.cache.cache import Cache
-from kvist.cache.files import fingerprint
 from kvist.calibrate.profile import Changes, Norms, Profile
 from kvist.calibrate.run import Progress, at_rest, origin, quiet
 from kvist.calibrate.state import State
 from kvist.methods import parse
-from kvist.models.adapter import describe
+from kvist.models.adapter import describe, fingerprint
 from kvist.models.projections import projections, weight_gradients
 from kvist.models.taps import listen_back
 from kvist.plan import LayerPlan, Side

@@ -9,10 +9,9 @@ import torch
 import transformers
 
 from kvist import __version__
-from kvist.cache.files import fingerprint
 from kvist.evaluate.contenders import Contender, check
 from kvist.evaluate.results import Cell, Results, Row, cell_of
-from kvist.models.adapter import describe
+from kvist.models.adapter import describe, fingerprint
 
 Tick = Callable[[str, int, int], None]
 

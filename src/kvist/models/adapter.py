@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from kvist.models import compat, precision
 from kvist.types import Geometry, ModelIdentity
@@ -13,6 +15,7 @@ from kvist.types import Geometry, ModelIdentity
 SERVED = "full_attention"
 CROSS = "cross_attention"  # a picture's keys, as many as it has patches; transformers calls such layers full attention
 ALIBI = ("bloom", "mpt")
+SAMPLE = 16  # numbers of each weight that go into the fingerprint
 UNLIKE = {
     "dory": "runs its layers several times over a text and gives each pass keys of its own",
     "minimax": "brings a cache class of its own and takes no other",
@@ -155,3 +158,31 @@ def _rotary(text) -> str:
     partial = parameters.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1.0
     share = f", {partial:.0%} of the channels" if partial != 1.0 else ""
     return f"{kind}, base {base:g}{share}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a few numbers of every weight: tells a fine-tuned model from its parent, in milliseconds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in _weights(model):
+        flat = weight.detach().flatten()
+        picked = (
+            flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE] if not weight.is_meta else flat.new_empty(0, device="cpu")
+        )
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight with its name; of quantized ones the tensors they are made of, and codes kept as buffers."""
+    kinds = torch.uint8, torch.int8, torch.int32
+    codes = [(name, buffer) for name, buffer in model.named_buffers() if buffer.dim() > 1 and buffer.dtype in kinds]
+    for name, weight in (*model.named_parameters(), *codes):
+        yield from _plain(name, weight)
+
+
+def _plain(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{part}", getattr(weight, part))
