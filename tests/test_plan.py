@@ -9,7 +9,7 @@ from kvist import methods
 from kvist.coding import Codec, Grouping, Raw, Uniform
 from kvist.plan import LayerPlan, Recipe, Side
 from kvist.retention import Block, Immediate, KeepAll, Sliding
-from kvist.types import Geometry, ladder
+from kvist.types import Geometry, grown
 
 SHAPE = Geometry(heads=2, key_dim=128, value_dim=128, dtype=torch.bfloat16)
 
@@ -115,12 +115,12 @@ def test_kvmix_layers_are_billed_one_by_one():
 
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(0, 10**6), step=st.sampled_from([8, 16, 64]))
-def test_the_ladder_of_capacities(n, step):
-    rung = ladder(n, step)
-    assert rung >= n and rung % step == 0
-    assert rung == ladder(rung, step), "a rung is its own rung"
+def test_capacities_grow_by_steps(n, step):
+    capacity = grown(n, step)
+    assert capacity >= n and capacity % step == 0
+    assert capacity == grown(capacity, step), "what is given is enough for itself"
     if n > 8 * step:
-        assert rung <= 1.25 * n + 2 * step
+        assert capacity <= 1.25 * n + 2 * step
 
 
 @settings(max_examples=60, deadline=None)
