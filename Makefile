@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 	$(BIN)/kvist demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest -n $(JOBS) --durations=15
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15
 	$(MAKE) narrow
 
 # The numerical tests as on older processors of this kind; NUMERICAL= runs all tests so.
