@@ -182,10 +182,14 @@ def test_far_positions_are_as_exact_as_near_ones(origin):
     _check(key, value, 2, 64, 40 * PAGE, origins=(origin, origin + 1, 7))
 
 
-def test_heads_wider_than_a_byte_are_attended_to():
+def test_outliers_of_heads_wider_than_a_byte_are_left_to_the_reference():
     generator = torch.Generator().manual_seed(0)
     key = codec_of("fixed", table_of(2, generator), 528, 6, generator, _frequencies(132))
-    _check(key, codec_of("token", table_of(2, generator), 528, 6, generator), 2, 264, 70)
+    value = codec_of("token", table_of(2, generator), 528, 6, generator)
+    refused = ask("PAGES", key, value, dims=(264, 264)).refused
+    assert "keys have outliers, and heads of more than 256" in str(refused)
+    with pytest.raises(ValueError, match="found heads of 264"):  # whoever does not ask first is told
+        _check(key, value, 2, 264, 70)
 
 
 def test_threads_do_not_change_the_result_beyond_rounding():

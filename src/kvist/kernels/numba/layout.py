@@ -81,7 +81,7 @@ class Kept(NamedTuple):
 
 
 def side(traits: Traits, stored: Stored, page: int) -> Side:
-    """A side of a layer, for reading. Its arrays must stay where they are."""
+    """A side of a layer, for reading. Its arrays must stay where they are. ValueError for what it cannot say."""
     arrays, (_, points, scale, offset, _, _), table = stored.arrays, stored.constants, stored.table.numpy()
     if "codes" not in arrays:
         raw, kind = (words(arrays["values"]), KINDS[arrays["values"].dtype]) if arrays else (NO_WORDS, FLOAT)
@@ -97,6 +97,8 @@ def side(traits: Traits, stored: Stored, page: int) -> Side:
         flat = pages, 1 if traits.across_heads else heads, prod(arrays["scale"].shape[-2:])
         stores = _halves(arrays["scale"]).reshape(flat), _halves(arrays["offset"]).reshape(flat)
     if traits.outliers:
+        if arrays["channel"].dtype != torch.uint8:
+            raise ValueError(f"outliers of heads of more than 256 are not read here; found heads of {dim}")
         outliers = _halves(arrays["outlier"]), arrays["channel"].numpy(), arrays["ends"].numpy()
     planes, levels = (*PLANES[traits.bits], 0), NOTHING if points is None else points.numpy()
     block = dim & -dim if traits.hadamard else 0
