@@ -11,6 +11,7 @@ import kvist
 from kvist.coding import Codec, Grouping, Hadamard, Raw
 from kvist.methods import get
 from kvist.models.compat import cache_argument
+from kvist.testing.cases import EACH, recipe
 
 HEADS, DIM = 2, 32
 
@@ -74,17 +75,26 @@ def test_a_row_without_tokens_under_a_mask_of_another():
     assert out[1].isfinite().all()
 
 
-def test_what_inference_mode_stored_goes_on_outside_of_it():
-    model = tiny_llama()
-    ids = torch.randint(0, 90, (1, 80), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("text", EACH)
+def test_what_any_mode_stored_goes_on_in_another(text):
+    """A prompt, steps that fill pages and rings, and what changes the storage in place afterwards."""
+    model, ids = tiny_llama(), tokens(2, 215)
     logits = []
-    for mode in (torch.inference_mode, torch.no_grad):
-        cache = kvist.Cache(model, "kivi recent=32")
-        with mode():
-            model(ids[:, :70], **cache_argument(cache))
-        with torch.no_grad():
-            logits.append(model(ids[:, 70:], **cache_argument(cache)).logits)
-    assert torch.equal(*logits)
+    for mode in (torch.inference_mode, torch.enable_grad, torch.no_grad):
+        cache = kvist.Cache(model, recipe(text))
+        with kvist.attach(model):
+            with mode():
+                model(ids[:, :40], **cache_argument(cache))
+                for i in range(40, 160):
+                    model(ids[:, i : i + 1], **cache_argument(cache))
+            with torch.no_grad():
+                model(ids[:, 160:210], **cache_argument(cache))
+                cache.crop(-60)
+                cache.reorder_cache(torch.tensor([1, 0]))
+                steps = [model(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(210, 215)]
+        logits.append(torch.cat(steps))
+        cache.close()
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[2])
 
 
 def test_an_interrupted_forward_is_mended():

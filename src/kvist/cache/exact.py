@@ -25,6 +25,8 @@ class Exact:
     def capacity(self) -> int:
         return self.ring.shape[2]
 
+    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
+    @torch.no_grad()
     def resize(self, capacity: int, starts: Sequence[int], stops: Sequence[int]) -> None:
         """A ring of another capacity that still holds positions [starts[r], stops[r]) of every row."""
         old, before = self.ring, self.capacity

@@ -36,6 +36,8 @@ class Pool:
     def in_use(self) -> int:
         return self.capacity - len(self.free)
 
+    @torch.inference_mode(False)  # what is stored must be writable outside inference mode, too
+    @torch.no_grad()
     def resize(self, pages: int) -> None:
         """Make room for `pages` pages in all; never shrinks."""
         extra = pages - self.capacity
@@ -153,9 +155,10 @@ class Pool:
         """Page tables (B, width), int32; entries beyond a row's pages are 0."""
         if self._table is None or self._table.shape[1] != width:
             padded = [table + [0] * (width - len(table)) for table in self.tables]
-            made = torch.tensor(padded, dtype=torch.int32).view(len(padded), width)
             self.forget()
-            self._table = made.to(self.device, non_blocking=True)  # from pageable memory: nobody waits
+            with torch.inference_mode(False):
+                made = torch.tensor(padded, dtype=torch.int32).view(len(padded), width)
+                self._table = made.to(self.device, non_blocking=True)  # from pageable memory: nobody waits
         return self._table
 
     def gather(self, pages: Tensor) -> dict[str, Tensor]:
