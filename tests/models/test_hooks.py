@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -89,3 +90,25 @@ def test_a_stored_token_cannot_be_masked_later(model):
         mask[0, 2] = 0
         with pytest.raises(ValueError, match="cannot be masked later"):
             model(tokens(1, 1), attention_mask=mask, **cache_argument(cache))
+
+
+def test_threads_call_one_model_each_with_its_cache(model):
+    """A call that ends is that of its own cache, whatever other threads are in the midst of."""
+    prompts, found = [tokens(1, 20 + 9 * i, seed=i) for i in range(4)], {}
+
+    def talk(i: int) -> None:
+        cache = kvist.Cache(model, "kivi:2 recent=32")
+        with torch.no_grad():
+            model(prompts[i], **cache_argument(cache))
+            steps = [model(prompts[i][:, j : j + 1], **cache_argument(cache)).logits for j in range(20)]
+        found[i] = torch.cat(steps)
+
+    threads = [threading.Thread(target=talk, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = dict(found)
+    for i in range(len(prompts)):
+        talk(i)
+        assert torch.equal(together[i], found[i])

@@ -38,7 +38,7 @@ class Ears:
         for module in model.modules():
             if takes(type(module), INPUTS) and takes(type(module), CACHE_NAMES):
                 self.hooks.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
-                self.hooks.append(module.register_forward_hook(self.after, always_call=True))
+                self.hooks.append(module.register_forward_hook(self.after, with_kwargs=True, always_call=True))
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -47,9 +47,8 @@ class Ears:
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = self.cache()
-        if cache is None or not any(value is cache for value in (*args, *kwargs.values())):
-            return  # it is found as what it is, under whatever name it comes
+        if (cache := self._given(args, kwargs)) is None:
+            return
         given = kwargs
         if args:
             given = inspect.signature(type(module).forward).bind_partial(module, *args).arguments | kwargs
@@ -70,12 +69,20 @@ class Ears:
         getattr(cache, self.tell)(*call)
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple, out) -> None:
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:
         """The outermost call ended, or failed: what it announced and nobody stored is no longer expected."""
+        if (cache := self._given(args, kwargs)) is None:
+            return
         if self.outer is not None and self.outer() is module:
-            self.outer, self.heard, cache = None, Heard(0, 0, None, None), self.cache()
-            if cache is not None and self.done:
+            self.outer, self.heard = None, Heard(0, 0, None, None)
+            if self.done:
                 getattr(cache, self.done)(out is not None)
+
+    def _given(self, args: tuple, kwargs: dict):
+        """Our cache, if a call was given it: other threads may call the same model with theirs. It is found as what it
+        is, under whatever name it comes."""
+        cache = self.cache()
+        return cache if cache is not None and any(value is cache for value in (*args, *kwargs.values())) else None
 
 
 def watch(model: nn.Module, cache, tell: str, done: str | None = None):
