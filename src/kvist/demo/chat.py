@@ -5,11 +5,12 @@ dev/artifacts.py, so that the numbers do not change with every edit of those pag
 """
 
 import random
+from pathlib import Path
 
-from kvist.demo.documents import ROOM, Document, Question
+from kvist.demo.documents import Document, Question
 from kvist.text import encode
 
-PAGE = ROOM / "page.txt"
+PAGE = Path(__file__).with_name("page.txt")
 SCORED = 256  # last tokens of the document, whose next-token distributions are compared
 ORDER = "Read this text. Questions about it will follow.\n\n"
 MARK = "@@"  # where a message stands in a chat template

@@ -8,9 +8,10 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-ROOM = Path(__file__).parent
+from kvist.demo.model import REFERENCES
+
+ROOM = REFERENCES / "documents"
 # what the text between the facts may not hold: it could be taken for a fact
 FORBIDDEN = re.compile(r"[^A-Za-z ,.;:!?'\-]|pass key|magic|[Rr]emember|print|Chapter|CHAPTER|[A-Z]{3}|:$|\b\w+:")
 SHORTEST, LONGEST, SCORED = 1700, 1900, 256  # tokens
